@@ -1,0 +1,164 @@
+"""The one place where objects are built from a run's configuration. Everyone else gets collaborators.
+
+Imports of torch and environments happen inside the functions that need them, so a shard process
+never loads torch and a learner process never loads an environment.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.run_config import RunConfig
+from system.config import read_yaml
+from system.errors import ConfigError, PreflightError
+from system.metrics import Metrics
+from system.seeds import child_seed
+from system.specs import EnvSpec, TableSpec
+from system.wire import OPEN, Security
+
+if TYPE_CHECKING:
+    from actors.actor import Actor
+    from replay.limiter import RateLimiter
+    from replay.reader import LocalReader
+    from replay.service import ShardServer
+    from replay.shard import ReplayShard
+    from system.interfaces import Policy
+    from system.params.server import ParameterServer
+
+
+def security(config: RunConfig) -> Security:
+    """Credentials from the configured files. Raises: ConfigError, PreflightError."""
+    services = config.services
+    tokens: dict[str, str] = {}
+    if services.token_file is not None:
+        mode = stat.S_IMODE(services.token_file.stat().st_mode) if services.token_file.exists() else 0o600
+        if mode & 0o077:
+            raise PreflightError(
+                f"token file {services.token_file} has mode {mode:04o}, must be readable by its owner alone; chmod 600 it"
+            )
+        tokens = {str(k): str(v) for k, v in read_yaml(services.token_file)[0].items()}
+    paths = (services.certificate, services.private_key, services.authority)
+    if any(paths) and not all(paths):
+        raise ConfigError("services.certificate, private_key and authority must be given together")
+    if not tokens and not any(paths):
+        return OPEN
+    return Security(
+        tokens=tokens, certificate=paths[0], private_key=paths[1], authority=paths[2]
+    )
+
+
+def table_spec(config: RunConfig, env_spec: EnvSpec) -> TableSpec:
+    """Columns of a row: the environment's, and the overlay the model family declares."""
+    from learner.catalog import make_config, overlay_columns
+
+    family = make_config(config.learner.family, config.learner.settings)
+    return TableSpec.of(env_spec, overlay_columns(config.learner.family, family, env_spec))
+
+
+def params_server(config: RunConfig, port: int, metrics: Metrics) -> ParameterServer:
+    from system.params.server import ParameterServer
+
+    return ParameterServer(f"{config.services.host}:{port}", security=security(config), metrics=metrics)
+
+
+def replay_shard(
+    config: RunConfig, env_spec: EnvSpec, run_dir: str, index: int, port: int, metrics: Metrics
+) -> tuple[ReplayShard, ShardServer]:
+    from replay.service import serve_shard
+    from replay.shard import ReplayShard
+
+    shard = ReplayShard(
+        Path(run_dir) / "replay",
+        index,
+        table_spec(config, env_spec),
+        capacity_rows=max(64, config.replay.capacity // config.replay.shards),
+        segment_rows=config.replay.segment_rows,
+        initial_grant=-(-(config.prefill + config.chunk_total) // config.replay.shards),
+        metrics=metrics,
+    )
+    return shard, serve_shard(shard, f"{config.services.host}:{port}", security=security(config))
+
+
+def rate_limiter(config: RunConfig) -> RateLimiter:
+    from replay.limiter import RateLimiter
+
+    return RateLimiter(
+        train_ratio=config.replay.train_ratio,
+        prefill_rows=config.prefill,
+        tolerance_rows=config.tolerance,
+        min_rows=config.learner.length + config.learner.context,
+    )
+
+
+def replay_reader(config: RunConfig, env_spec: EnvSpec, run_dir: str, shards: tuple[str, ...], metrics: Metrics) -> LocalReader:
+    from replay.client import GrpcShardControl
+    from replay.reader import LocalReader
+
+    return LocalReader(
+        Path(run_dir) / "replay",
+        table_spec(config, env_spec),
+        batch=config.learner.batch,
+        length=config.learner.length,
+        context=config.learner.context,
+        seed=child_seed(config.seed, "sampler"),
+        limiter=rate_limiter(config),
+        controls=[GrpcShardControl(address, security=security(config)) for address in shards],
+        ring=max(3, config.learner.prefetch + 2),
+        metrics=metrics,
+    )
+
+
+def policy(config: RunConfig, env_spec: EnvSpec, *seed_path: str | int) -> Policy:
+    """An acting policy without weights: weights arrive through Policy.load."""
+    from learner.catalog import make_config, make_policy
+
+    family = make_config(config.learner.family, config.learner.settings)
+    return make_policy(config.learner.family, family, env_spec, seed=child_seed(config.seed, *seed_path))
+
+
+def actor(
+    config: RunConfig,
+    env_spec: EnvSpec,
+    index: int,
+    incarnation: int,
+    params_address: str,
+    shard_addresses: tuple[str, ...],
+    metrics: Metrics,
+) -> Actor:
+    from actors.actor import Actor
+    from actors.envs.catalog import make_env
+    from replay.client import GrpcReplayWriter
+    from system.params.client import GrpcWeightSource
+
+    table = table_spec(config, env_spec)
+    home = shard_addresses[index % len(shard_addresses)]
+    credentials = security(config)
+    return Actor(
+        index,
+        incarnation,
+        make_env(
+            config.env.name, config.actors.envs, options=config.env.options, timeout=config.env.timeout_seconds
+        ),
+        policy(config, env_spec, "actor", index, "policy", incarnation),
+        GrpcReplayWriter(home, table, security=credentials),
+        GrpcWeightSource(params_address, security=credentials),
+        table=table,
+        chunk_rows=config.actors.chunk_rows,
+        chunk_seconds=config.actors.chunk_seconds,
+        pull_seconds=config.actors.pull_seconds,
+        seed=child_seed(config.seed, "actor", index, "incarnation", incarnation),
+        wait_for_policy=True,
+        metrics=metrics,
+    )
+
+
+def agent(config: RunConfig, env_spec: EnvSpec) -> Any:
+    """The learning agent on the device asked for. Raises: PreflightError when there is none."""
+    from learner.catalog import make_agent, make_config
+
+    family = make_config(config.learner.family, config.learner.settings)
+    return make_agent(
+        config.learner.family, family, env_spec, device=config.learner.device, seed=child_seed(config.seed, "agent")
+    )

@@ -1,0 +1,290 @@
+"""The control plane of a run: places roles, watches them, restarts them, counts, and decides the end.
+
+Carries no experience. Backend-neutral: the command line steps it directly, RLlib's `Algorithm`
+steps it from training_step. One step reads every role's newest status (1-2 Hz).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deploy.fleet import Fleet, RoleStatus
+from deploy.roles import RoleSpec
+from deploy.run_config import RunConfig
+from deploy.run_dir import RunDirectory
+from system.errors import InfrastructureError
+from system.specs import EnvSpec
+
+log = logging.getLogger(__name__)
+START_SECONDS = 120.0
+FATAL_EXIT_CODES = frozenset({2, 3, 4, 5})
+"""Configuration, preflight, divergence and integrity do not heal by restarting."""
+RESTART_WINDOW_SECONDS = 600.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """What a person or a dashboard wants to know now. Made by the driver once per step."""
+
+    seconds: float = 0.0
+    env_steps: int = 0
+    env_steps_asked: int = 0
+    env_rate: float = 0.0
+    episodes: int = 0
+    return_mean: float | None = None  # over the newest 20 training episodes
+    updates: int = 0
+    update_rate: float = 0.0
+    train_ratio: float | None = None
+    train_ratio_asked: float = 0.0
+    policy_version: int = 0
+    policy_lag: float = 0.0
+    eta_seconds: float | None = None
+    actors: int = 0
+    restarts: int = 0
+    waiting: str = ""  # who waits for whom
+    learner: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class _Rate:
+    """Rate over a sliding window of (time, count) pairs."""
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self._points: deque[tuple[float, float]] = deque()
+        self._seconds = seconds
+
+    def add(self, now: float, count: float) -> float:
+        self._points.append((now, count))
+        while now - self._points[0][0] > self._seconds:
+            self._points.popleft()
+        (t0, c0), (t1, c1) = self._points[0], self._points[-1]
+        return (c1 - c0) / (t1 - t0) if t1 > t0 else 0.0
+
+
+class Driver:
+    """Runs one RunConfig on a Fleet."""
+
+    def __init__(self, config: RunConfig, env_spec: EnvSpec, fleet: Fleet, run_dir: RunDirectory) -> None:
+        self.config, self.run_dir, self.fleet = config, run_dir, fleet
+        self._env_spec = env_spec
+        self._specs: dict[str, RoleSpec] = {}
+        self._restarts: dict[str, deque[float]] = defaultdict(deque)
+        self._relaunch_at: dict[str, float] = {}
+        self._restart_total = 0
+        self._began = time.monotonic()
+        self._env_rate, self._update_rate = _Rate(), _Rate()
+        self._returns: deque[float] = deque(maxlen=20)
+        self._episodes = 0
+        self._episodes_seen: dict[str, int] = {}
+        self.curve: list[dict[str, float]] = []
+        self.progress = Progress()
+        self._draining = False
+
+    def start(self) -> None:
+        """Launch services, then the learner and the actors that need their addresses."""
+        config = self.config
+        self._launch("params", 0)
+        for index in range(config.replay.shards):
+            self._launch("shard", index)
+        self._await_running(["params-0", *(f"shard-{i}" for i in range(config.replay.shards))])
+        self._launch("learner", 0)
+        for index in range(config.actors.count):
+            self._launch("actor", index)
+        self.run_dir.event("run started", backend=config.backend, actors=config.actors.count)
+
+    def _address(self, key: str) -> str:
+        return self.fleet.statuses()[key].address
+
+    def _launch(self, role: str, index: int) -> None:
+        key = f"{role}-{index}"
+        services = role in ("params", "shard")
+        old = self._specs.get(key)
+        port = 0
+        if services and old is not None:
+            address = self._address(key)
+            port = int(address.rsplit(":", 1)[1]) if address else old.port
+        spec = RoleSpec(
+            role=role,
+            index=index,
+            incarnation=self.run_dir.next_incarnation(role, index),
+            run_dir=str(self.run_dir.path),
+            config=self.config.model_dump(mode="json"),
+            env_spec=self._env_spec.to_json(),
+            params_address="" if services else self._address("params-0"),
+            shard_addresses=()
+            if services
+            else tuple(self._address(f"shard-{i}") for i in range(self.config.replay.shards)),
+            port=port,
+        )
+        self.fleet.launch(spec)
+        self._specs[key] = spec
+        self.run_dir.event("role launched", role=role, index=index, incarnation=spec.incarnation)
+
+    def _await_running(self, keys: list[str]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        waiting = list(keys)
+        while waiting:
+            statuses = self.fleet.statuses()
+            for key in list(waiting):
+                if statuses[key].state == "failed":
+                    self._fail(key, statuses[key])
+                if statuses[key].state == "running":
+                    waiting.remove(key)
+            if time.monotonic() > deadline:
+                raise InfrastructureError(
+                    f"{', '.join(waiting)} did not start within {START_SECONDS:.0f} s; see {self.run_dir.logs}"
+                )
+            time.sleep(0.05)
+
+    def _fail(self, key: str, status: RoleStatus) -> None:
+        error = InfrastructureError(f"{key} failed: {status.error or 'no message'}")
+        if status.exit_code in FATAL_EXIT_CODES:
+            error.exit_code = status.exit_code
+        self.run_dir.event("run failed", role=key, reason=status.error)
+        raise error
+
+    # -- watching ---------------------------------------------------------------------------------
+
+    def step(self, seconds: float = 1.0) -> Progress:
+        """Wait `seconds`, read every role, mend what broke, and return the progress.
+
+        Raises: InfrastructureError when a role is beyond its restart budget or failed for good.
+        """
+        time.sleep(seconds)
+        statuses = self.fleet.statuses()
+        for key, status in statuses.items():
+            self._mend(key, status)
+        self._count(statuses)
+        self._publish_targets(statuses)
+        return self.progress
+
+    def _mend(self, key: str, status: RoleStatus) -> None:
+        now = time.monotonic()
+        if key in self._relaunch_at:
+            if now >= self._relaunch_at[key]:
+                del self._relaunch_at[key]
+                role, index = key.rsplit("-", 1)
+                self._launch(role, int(index))
+            return
+        silent = status.state in ("starting", "running") and status.age > self.config.silent_seconds
+        if status.state != "failed" and not silent:
+            return
+        if self._draining and key.startswith("actor"):
+            return
+        if status.state == "failed" and status.exit_code in FATAL_EXIT_CODES:
+            self._fail(key, status)
+        if silent:
+            self.fleet.kill(key)
+        recent = self._restarts[key]
+        while recent and now - recent[0] > RESTART_WINDOW_SECONDS:
+            recent.popleft()
+        if len(recent) >= self.config.max_restarts:
+            self._fail(key, status)
+        delay = min(30.0, 0.2 * 2 ** len(recent))
+        recent.append(now)
+        self._restart_total += 1
+        self._relaunch_at[key] = now + delay
+        reason = f"silent for {status.age:.0f} s" if silent else status.error
+        log.warning("role lost", extra={"role": key, "reason": reason, "delay": delay})
+        self.run_dir.event("role lost", role=key, reason=reason, restart_in=delay)
+
+    def _count(self, statuses: Mapping[str, RoleStatus]) -> None:
+        now = time.monotonic()
+        shards = [s.payload for k, s in statuses.items() if k.startswith("shard")]
+        actors = {k: s for k, s in statuses.items() if k.startswith("actor")}
+        learner = statuses["learner-0"].payload if "learner-0" in statuses else {}
+        progress = Progress(seconds=now - self._began, train_ratio_asked=self.config.replay.train_ratio)
+        progress.env_steps_asked = self.config.env_steps
+        # A shard that is being restarted says nothing for a while: counters only grow.
+        progress.env_steps = max(self.progress.env_steps, sum(int(s.get("inserted", 0)) for s in shards))
+        progress.env_rate = self._env_rate.add(now, progress.env_steps)
+        progress.updates = int(learner.get("updates", self.progress.updates))
+        progress.update_rate = self._update_rate.add(now, progress.updates)
+        progress.train_ratio = learner.get("train_ratio", self.progress.train_ratio)
+        progress.policy_version = int(learner.get("published", 0))
+        progress.learner = learner.get("metrics", {})
+        progress.waiting = str(learner.get("waiting", ""))
+        progress.actors = sum(s.state == "running" for s in actors.values())
+        progress.restarts = self._restart_total
+        lags = [float(s.payload["policy_lag"]) for s in actors.values() if "policy_lag" in s.payload]
+        progress.policy_lag = sum(lags) / len(lags) if lags else 0.0
+        for key, status in actors.items():
+            self._take_episodes(f"{key}.{self._specs[key].incarnation}", status.payload, progress)
+        progress.episodes = self._episodes
+        progress.return_mean = sum(self._returns) / len(self._returns) if self._returns else None
+        left = self.config.env_steps - progress.env_steps
+        progress.eta_seconds = left / progress.env_rate if progress.env_rate > 0 else None
+        self.progress = progress
+
+    def _take_episodes(self, life: str, payload: Mapping[str, Any], progress: Progress) -> None:
+        """Episodes come as an ever-growing count plus the newest few, so no report is taken twice."""
+        newest: list[Mapping[str, Any]] = list(payload.get("episodes", ()))
+        total = int(payload.get("episodes_total", len(newest)))
+        fresh = min(total - self._episodes_seen.get(life, 0), len(newest))
+        self._episodes += max(0, total - self._episodes_seen.get(life, 0))
+        self._episodes_seen[life] = total
+        for episode in newest[len(newest) - fresh :] if fresh > 0 else ():
+            self._returns.append(float(episode["score"]))
+            self.curve.append(
+                {"env_steps": float(progress.env_steps), "seconds": progress.seconds, "return": float(episode["score"])}
+            )
+
+    def _publish_targets(self, statuses: Mapping[str, RoleStatus]) -> None:
+        """Prometheus file service discovery; the same list the driver serves by HTTP."""
+        targets = [
+            {
+                "targets": [f"{self.config.services.host}:{status.metrics_port}"],
+                "labels": {"run": self.config.name, "role": key.rsplit("-", 1)[0], "index": key.rsplit("-", 1)[1]},
+            }
+            for key, status in statuses.items()
+            if status.metrics_port
+        ]
+        path = self.run_dir.path / "targets.json"
+        if not path.exists() or json.loads(path.read_text()) != targets:
+            self.run_dir.write_json(path, targets)
+
+    # -- ending -----------------------------------------------------------------------------------
+
+    @property
+    def collected(self) -> bool:
+        """True once enough rows are inserted, or the time is up."""
+        limit = self.config.max_seconds
+        over = limit is not None and self.progress.seconds > limit
+        return over or self.progress.env_steps >= self.config.env_steps
+
+    @property
+    def finished(self) -> bool:
+        """True once, after collecting, the learner has trained all it owes."""
+        if not self.collected:
+            return False
+        if not self._draining:
+            self._drain()
+        learner = self.fleet.statuses()["learner-0"]
+        limit = self.config.max_seconds
+        if limit is not None and self.progress.seconds > limit:
+            return True
+        owed = float(learner.payload.get("owed_rows", float("inf")))
+        return learner.state == "running" and owed < self.config.batch_rows
+
+    def _drain(self) -> None:
+        """Stop the actors; their last chunks are acknowledged before they end."""
+        self._draining = True
+        for key in [k for k in self._specs if k.startswith("actor")]:
+            self.fleet.stop(key, timeout=20.0)
+        self.run_dir.event("collection ended", env_steps=self.progress.env_steps)
+
+    def stop(self) -> None:
+        """Stop everything in flow order, the learner with a final checkpoint."""
+        if not self._draining:
+            self._drain()
+        for role in ("learner", "shard", "params"):
+            for key in [k for k in self._specs if k.startswith(role)]:
+                status = self.fleet.stop(key, timeout=60.0)
+                if status.state == "failed":
+                    self.run_dir.event("role lost", role=key, reason=status.error)
+        self.run_dir.event("run stopped", env_steps=self.progress.env_steps, updates=self.progress.updates)

@@ -1,0 +1,112 @@
+"""A run is a directory: resolved config, checkpoints, replay, metrics, events, and who is alive.
+
+One process at a time drives a run (flock). Every JSON file is written to a temporary name and
+renamed, so a reader or a kill -9 never meets half a file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from system.errors import ConfigError, IntegrityError, PreflightError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` in one step. Raises: PreflightError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PreflightError(
+            f"cannot write {path} ({error.strerror}); free space or choose another place with --set root=DIR"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Raises: IntegrityError naming the file when it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} is unreadable ({error}); restore it or start a new run with --set name=NEW") from error
+
+
+class RunDirectory:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._lock: Any = None
+
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    replay = property(lambda self: self.path / "replay")
+    metrics = property(lambda self: self.path / "metrics")
+    logs = property(lambda self: self.path / "logs")
+    status = property(lambda self: self.path / "status")
+    config_file = property(lambda self: self.path / "run.json")
+    env_file = property(lambda self: self.path / "env_spec.json")
+    summary_file = property(lambda self: self.path / "summary.json")
+
+    @property
+    def exists(self) -> bool:
+        return self.config_file.is_file()
+
+    def create(self) -> RunDirectory:
+        """Make the directories and take the run's lock.
+
+        Raises: PreflightError without permission or space; ConfigError when another process drives it.
+        """
+        try:
+            for part in (self.path, self.checkpoints, self.replay, self.metrics, self.logs, self.status):
+                part.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("w")
+        except OSError as error:
+            raise PreflightError(
+                f"cannot create run directory {self.path} ({error.strerror}); choose a writable place with "
+                "--set root=DIR"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise ConfigError(
+                f"run {self.path} is driven by another process; stop it first or use --set name=OTHER"
+            ) from error
+        self._lock = lock
+        return self
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_json(self, path: Path, value: Any) -> None:
+        write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+    def event(self, name: str, **details: Any) -> None:
+        """Append one lifecycle event with its reason to events.jsonl."""
+        line = json.dumps({"time": time.time(), "event": name, **details}, default=str)
+        with (self.path / "events.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def next_incarnation(self, role: str, index: int) -> int:
+        """Count one more life of a role; grows over restarts and resumes, so a zombie is recognised."""
+        path = self.path / "incarnations.json"
+        counts: dict[str, int] = read_json(path) if path.exists() else {}
+        key = f"{role}-{index}"
+        counts[key] = counts.get(key, 0) + 1
+        self.write_json(path, counts)
+        return counts[key]
+
+    def config(self) -> Mapping[str, Any]:
+        """The resolved config this run was started with. Raises: ConfigError when this is no run."""
+        if not self.exists:
+            raise ConfigError(f"{self.path} is not a run directory (no run.json); give the path printed by train")
+        return read_json(self.config_file)

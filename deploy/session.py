@@ -1,0 +1,188 @@
+"""One training run from adopting its directory to its summary: what `dreamfleet train` and the RLlib
+`Algorithm` both drive. Holds the driver, the fleet, the metric files; decides resume.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.driver import Driver, Progress
+from deploy.fleet import Fleet
+from deploy.probe import probe_env
+from deploy.progress import MetricFiles
+from deploy.run_config import RunConfig
+from deploy.run_dir import RunDirectory, read_json
+from system.config import Layers, dump_with_origin, flatten
+from system.errors import ConfigError, PreflightError
+from system.specs import EnvSpec
+
+if TYPE_CHECKING:
+    from deploy.evaluate import Summary
+
+log = logging.getLogger(__name__)
+SHAPE_KEYS = ("env.name", "env.options", "learner.family", "learner.settings", "replay.shards", "seed")
+"""Settings that shape what is on disk; a resumed run must keep them."""
+LEAST_FREE_BYTES = 64 << 20
+
+
+def make_fleet(config: RunConfig, run_dir: Path) -> Fleet:
+    """The backend the run asks for. Raises: ConfigError when Ray is asked for and absent."""
+    if config.backend == "local":
+        from deploy.local import LocalFleet
+
+        return LocalFleet(run_dir)
+    try:
+        from deploy.ray_fleet import RayFleet
+    except ImportError as error:
+        raise ConfigError(
+            f"backend ray needs the ray package ({error}); pip install 'ray[rllib,default]' or use --backend local"
+        ) from error
+    return RayFleet(run_dir)
+
+
+class Session:
+    """start(), step() until `finished`, finish(); close() in every case."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layers: Layers,
+        *,
+        resume: str = "auto",
+        fleet_factory: Callable[[RunConfig, Path], Fleet] = make_fleet,
+    ) -> None:
+        self.config, self._layers, self._resume = config, layers, resume
+        self._fleet_factory = fleet_factory
+        self.run_dir = RunDirectory(config.directory)
+        self.driver: Driver | None = None
+        self._fleet: Fleet | None = None
+        self._files: MetricFiles | None = None
+        self.resumed = False
+        self.changes: list[str] = []
+
+    def start(self) -> None:
+        """Check everything that can be checked, then launch.
+
+        Raises: ConfigError, PreflightError, EnvError; nothing is launched then.
+        """
+        self._check_resume()
+        env_spec = self._env_spec()
+        self._check_family(env_spec)
+        self.run_dir.create()
+        free = shutil.disk_usage(self.run_dir.path).free
+        if free < LEAST_FREE_BYTES:
+            raise PreflightError(
+                f"only {free >> 20} MiB free at {self.run_dir.path}, at least {LEAST_FREE_BYTES >> 20} MiB are needed; "
+                "free space or choose another place with --set root=DIR"
+            )
+        self.run_dir.write_json(self.run_dir.config_file, self.config.model_dump(mode="json"))
+        (self.run_dir.path / "run.yaml").write_text(dump_with_origin(self.config, self._layers))
+        self.run_dir.write_json(self.run_dir.env_file, env_spec.to_json())
+        self.run_dir.event("resumed" if self.resumed else "created", changes=self.changes)
+        self._fleet = self._fleet_factory(self.config, self.run_dir.path)
+        self.driver = Driver(self.config, env_spec, self._fleet, self.run_dir)
+        self._files = MetricFiles(self.run_dir.metrics)
+        self.driver.start()
+
+    def _check_resume(self) -> None:
+        if not self.run_dir.exists:
+            if self._resume == "require":
+                raise ConfigError(f"--resume require: there is no run at {self.run_dir.path}; check name and root")
+            return
+        if self._resume == "never":
+            raise ConfigError(
+                f"--resume never: {self.run_dir.path} already holds a run; use another --set name=NEW or remove it"
+            )
+        old, new = flatten(self.run_dir.config()), flatten(self.config)
+        differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        shape = [k for k in differing if k.startswith(SHAPE_KEYS)]
+        if shape:
+            listed = "\n".join(f"  {k}: {old.get(k)!r} on disk, {new.get(k)!r} asked" for k in shape)
+            raise ConfigError(
+                f"{self.run_dir.path} holds a run of another shape:\n{listed}\n"
+                "keep these settings to resume it, or start a new one with --set name=NEW"
+            )
+        self.changes = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing]
+        self.resumed = True
+
+    def _env_spec(self) -> EnvSpec:
+        if self.resumed and self.run_dir.env_file.is_file():
+            return EnvSpec.from_json(read_json(self.run_dir.env_file))
+        return probe_env(self.config.env.name, self.config.env.options)
+
+    def _check_family(self, env_spec: EnvSpec) -> None:
+        from deploy.assemble import rate_limiter, security, table_spec
+
+        table_spec(self.config, env_spec)
+        rate_limiter(self.config)
+        security(self.config)
+
+    def step(self, seconds: float = 1.0) -> Progress:
+        assert self.driver is not None and self._files is not None
+        progress = self.driver.step(seconds)
+        self._files.write(progress)
+        return progress
+
+    @property
+    def finished(self) -> bool:
+        assert self.driver is not None
+        return self.driver.finished
+
+    def finish(self) -> Summary:
+        """Stop all roles, then evaluate the final policy and draw the pictures."""
+        from deploy.evaluate import Summary, evaluate_run
+        from deploy.pictures import draw_curve, draw_open_loop
+
+        assert self.driver is not None and self._files is not None
+        self.halt()
+        progress = self.driver.progress
+        report = evaluate_run(self.run_dir.path, self.config.evaluation.episodes)
+        self._files.write(progress, force=True)
+        self._files.scalar("eval/return_mean", report.mean, progress.env_steps)
+        summary = Summary(
+            run_dir=str(self.run_dir.path),
+            env_steps=progress.env_steps,
+            updates=progress.updates,
+            seconds=progress.seconds,
+            evaluation_return=report.mean,
+            evaluation_std=report.std,
+            evaluation_episodes=len(report.returns),
+            random_return=report.random_mean,
+            finished_at=time.time(),
+            curve=str(draw_curve(self.run_dir.path)),
+            video=[str(p) for p in draw_open_loop(self.run_dir.path)],
+        )
+        self.run_dir.write_json(self.run_dir.summary_file, summary.to_dict())
+        return summary
+
+    def halt(self) -> None:
+        """Stop all roles with a final checkpoint; the run can be resumed."""
+        if self.driver is not None:
+            self.driver.stop()
+            self._keep_curve()
+            self.driver.curve.clear()
+
+    def _keep_curve(self) -> None:
+        assert self.driver is not None
+        import json
+
+        with (self.run_dir.metrics / "episodes.jsonl").open("a") as file:
+            file.writelines(json.dumps(point) + "\n" for point in self.driver.curve)
+
+    def close(self) -> None:
+        if self._fleet is not None:
+            self._fleet.close()
+            self._fleet = None
+        if self._files is not None:
+            self._files.close()
+            self._files = None
+        self.run_dir.release()
+
+    def status(self) -> dict[str, Any]:
+        assert self._fleet is not None
+        return {key: status.state for key, status in self._fleet.statuses().items()}
