@@ -91,7 +91,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _histogram("params_fetch_seconds", "Time to stream one version to one client."),
     # driver
     _gauge("driver_actors", "Actors that answered within the last heartbeat.", "state"),
-    _counter("driver_restarts_total", "Roles restarted.", "role"),
+    _counter("driver_restarts_total", "Roles restarted.", "restarted"),
     _gauge("driver_eval_return", "Mean return of the newest evaluation."),
     _gauge("driver_env_steps", "Rows inserted since the run began, over all resumes."),
 )
