@@ -22,7 +22,8 @@ Mode = Literal["train", "eval"]
 @runtime_checkable
 class VectorEnv(Protocol):
     """N environments behind one send/recv pair. Each row that is not is_last wants exactly one
-    action; ended environments reset themselves and show an is_first row next."""
+    action; ended environments reset themselves and show an is_first row next.
+    """
 
     spec: EnvSpec
     num_envs: int
@@ -41,7 +42,9 @@ class Policy(Protocol):
     version: PolicyVersion
 
     def initial(self, num_envs: int) -> Any: ...
-    def act(self, carry: Any, step: Step, mode: Mode) -> tuple[NDArray[np.generic], Any, dict[str, NDArray[np.generic]]]: ...
+    def act(
+        self, carry: Any, step: Step, mode: Mode
+    ) -> tuple[NDArray[np.generic], Any, dict[str, NDArray[np.generic]]]: ...
     def load(self, weights: Weights) -> None: ...
 
 
@@ -78,9 +81,13 @@ class Agent(Protocol):
 
 
 class WeightSink(Protocol):
-    """Where the learner publishes. Raises: RejectedError for a version not newer than the last."""
+    """Where the learner publishes. Raises: RejectedError for a version not newer than the last.
+
+    `newest` lets a learner notice that a restarted store forgot what was published.
+    """
 
     def publish(self, weights: Weights) -> None: ...
+    def newest(self, timeout: float) -> PolicyVersion: ...
 
 
 class WeightSource(Protocol):

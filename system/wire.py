@@ -12,17 +12,27 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
-from system.errors import ConfigError, PreflightError
+from system.errors import (
+    ConfigError,
+    DeadlineError,
+    DreamfleetError,
+    InfrastructureError,
+    PreflightError,
+    RejectedError,
+)
 
 FRAME_BYTES = 1 << 20
 """Payload of one streamed frame: 1 MiB moved weights fastest of 256 KiB .. 16 MiB."""
 MAX_MESSAGE_BYTES = 32 << 20
 """Largest single message either side accepts; anything longer must be streamed in frames."""
 ROLE_HEADER = "x-dreamfleet-role"
+REASON_TRAILER = "x-dreamfleet-reason"
+RETRIABLE = frozenset((grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED))
+"""A peer that restarts, or sheds load: the same call may succeed later."""
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -37,8 +47,10 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Security:
-    """Credentials of one process. `tokens` maps role (learner, actor, driver) to bearer token;
-    a server holds them all, a client only its own. The three paths are PEM files for mutual TLS."""
+    """Credentials of one process. `tokens` maps role (learner, actor, driver) to bearer token.
+
+    A server holds all tokens, a client only its own. The three paths are PEM files for mutual TLS.
+    """
 
     tokens: Mapping[str, str] = field(default_factory=dict[str, str])
     certificate: Path | None = None
@@ -47,7 +59,29 @@ class Security:
 
     @property
     def tls(self) -> bool:
-        return all((self.certificate, self.private_key, self.authority))
+        return self.authority is not None
+
+    def __post_init__(self) -> None:
+        given = [path is not None for path in (self.certificate, self.private_key, self.authority)]
+        if any(given) and not all(given):
+            raise ConfigError(
+                "mutual TLS needs security.certificate, private_key and authority together; "
+                f"{given.count(False)} of them are not set; set all three or none"
+            )
+
+    def pem(self) -> tuple[bytes, bytes, bytes]:
+        """Certificate, private key and authority. Raises: ConfigError naming a file that cannot be read."""
+        parts: list[bytes] = []
+        for path in (self.certificate, self.private_key, self.authority):
+            assert path is not None, "pem() is only asked for when tls is on"
+            try:
+                parts.append(path.read_bytes())
+            except OSError as error:
+                raise ConfigError(
+                    f"TLS file {path} must be readable ({error.strerror}); mend security.certificate, "
+                    "private_key or authority"
+                ) from error
+        return parts[0], parts[1], parts[2]
 
 
 OPEN = Security()
@@ -67,10 +101,11 @@ def is_loopback(address: str) -> bool:
 class _RoleGuard(grpc.ServerInterceptor):
     """Refuses calls without the role's token; leaves the role readable to servicers."""
 
-    def __init__(self, tokens: Mapping[str, str]) -> None:
+    def __init__(self, tokens: Mapping[str, str], on_denied: Callable[[], None]) -> None:
         self._tokens = dict(tokens)
 
         def deny(_request: Any, context: grpc.ServicerContext) -> Any:
+            on_denied()
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "missing or wrong bearer token for this role")
 
         self._deny = grpc.unary_unary_rpc_method_handler(deny)
@@ -95,8 +130,11 @@ def bind_server(
     security: Security = OPEN,
     *,
     workers: int = 16,
+    on_denied: Callable[[], None] = lambda: None,
 ) -> tuple[grpc.Server, int]:
     """Start a server on host:port (port 0 picks one) and return it with its port.
+
+    `on_denied` is called for every call that did not prove its role; use it to count them.
 
     Raises: ConfigError for a non-loopback address without TLS and tokens;
     PreflightError when the port is taken.
@@ -106,7 +144,9 @@ def bind_server(
             f"address {address!r} is reachable from other machines, so mutual TLS and role tokens must be "
             "configured (security.certificate, private_key, authority, tokens); set them or bind 127.0.0.1"
         )
-    interceptors = [_RoleGuard(security.tokens)] if security.tokens else []
+    interceptors: list[grpc.ServerInterceptor] = (
+        [_RoleGuard(security.tokens, on_denied)] if security.tokens else []
+    )
     server = grpc.server(
         ThreadPoolExecutor(max_workers=workers, thread_name_prefix="grpc"),
         interceptors=interceptors,
@@ -116,11 +156,9 @@ def bind_server(
     register(server)
     try:
         if security.tls:
-            assert security.certificate and security.private_key and security.authority
+            certificate, key, authority = security.pem()
             credentials = grpc.ssl_server_credentials(
-                [(security.private_key.read_bytes(), security.certificate.read_bytes())],
-                root_certificates=security.authority.read_bytes(),
-                require_client_auth=True,
+                [(key, certificate)], root_certificates=authority, require_client_auth=True
             )
             port = server.add_secure_port(address, credentials)
         else:
@@ -141,11 +179,9 @@ def bind_server(
 def open_channel(address: str, security: Security = OPEN) -> grpc.Channel:
     """A channel to host:port; connects lazily, reconnects within a second."""
     if security.tls:
-        assert security.certificate and security.private_key and security.authority
+        certificate, key, authority = security.pem()
         credentials = grpc.ssl_channel_credentials(
-            root_certificates=security.authority.read_bytes(),
-            private_key=security.private_key.read_bytes(),
-            certificate_chain=security.certificate.read_bytes(),
+            root_certificates=authority, private_key=key, certificate_chain=certificate
         )
         return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
     return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -155,3 +191,42 @@ def call_metadata(role: str, security: Security = OPEN) -> tuple[tuple[str, str]
     """Metadata every call carries: who calls, and the token that proves it."""
     token = security.tokens.get(role)
     return ((ROLE_HEADER, role), *((("authorization", f"Bearer {token}"),) if token else ()))
+
+
+def require_deadline(context: grpc.ServicerContext, longest: float) -> None:
+    """Refuse a streaming call that could hold a worker thread for more than `longest` seconds."""
+    remaining = context.time_remaining()
+    if remaining is None or remaining > longest:
+        abort_call(
+            context,
+            RejectedError("deadline", f"every stream must carry a deadline <= {longest:g} s; set a timeout"),
+        )
+
+
+def abort_call(context: grpc.ServicerContext, error: RejectedError) -> NoReturn:
+    """End a call with `error`, so that `error_of` rebuilds it on the other side."""
+    denied = error.reason == "role"
+    code = grpc.StatusCode.PERMISSION_DENIED if denied else grpc.StatusCode.FAILED_PRECONDITION
+    context.set_trailing_metadata(((REASON_TRAILER, error.reason),))
+    context.abort(code, str(error)[:2000])
+    raise AssertionError("abort returns by raising")
+
+
+def error_of(call: grpc.RpcError, peer: str) -> DreamfleetError:
+    """The error of ours that a failed call means; `peer` names whom we called, for the message.
+
+    Refusals become RejectedError, missed deadlines and unreachable or busy peers DeadlineError,
+    anything else InfrastructureError.
+    """
+    code, details = call.code(), call.details() or ""  # type: ignore[attr-defined]
+    trailers = {str(key): value for key, value in call.trailing_metadata() or ()}  # type: ignore[attr-defined]
+    if REASON_TRAILER in trailers:
+        return RejectedError(str(trailers[REASON_TRAILER]), f"{peer} refused: {details}")
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        return RejectedError("token", f"{peer} refused: {details}; give this process its role's token")
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED or code in RETRIABLE:
+        return DeadlineError(
+            f"{peer} did not answer in time ({code.name}: {details:.300}); "
+            "check that it runs, its address, and that both sides use the same TLS setting"
+        )
+    return InfrastructureError(f"{peer} failed with {code.name}: {details:.500}; see its log for the cause")
