@@ -38,7 +38,9 @@ class Case:
 
 
 CASES: dict[str, Case] = {
-    "cartpole": Case(recipe="cartpole", seeds=(0, 1, 2, 3, 4), bar="mean >= 400 of 20 episodes", least_return=400.0),
+    "cartpole": Case(
+        recipe="cartpole", seeds=(0, 1, 2, 3, 4), bar="mean >= 400 of 20 episodes", least_return=400.0
+    ),
     "minigrid": Case(recipe="minigrid", seeds=(0, 1, 2), bar=">= 0.9", least_return=0.9),
     "pendulum": Case(recipe="pendulum", seeds=(0, 1, 2), bar="clearly above random", least_return=100.0),
     "pong_pixels": Case(
@@ -84,7 +86,9 @@ def run_one(name: str, case: Case, seed: int, root: Path, extra: Sequence[str]) 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.proof", description=__doc__)
-    parser.add_argument("cases", nargs="*", default=["minigrid", "pendulum", "pong_pixels"], help="of: " + ", ".join(CASES))
+    parser.add_argument(
+        "cases", nargs="*", default=["minigrid", "pendulum", "pong_pixels"], help="of: " + ", ".join(CASES)
+    )
     parser.add_argument("--seeds", help="comma-separated, instead of the case's own")
     parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="KEY=VALUE")
     parser.add_argument("--keep-runs", type=Path, help="leave run directories here instead of deleting them")

@@ -26,31 +26,41 @@ def _proof_table(data: dict[str, Any]) -> str:
             continue
         lines.append(
             f"| {r['seed']} | {r['return']:.2f} ({r['std']:.2f}) over {r['episodes']} | {r['random']:.2f} | "
-            f"{r['env_steps']} | {r['updates']} | {r['wall_seconds']:.0f} | {'yes' if r['passed'] else 'no'} |"
+            f"{r['env_steps']} | {r['updates']} | {r['wall_seconds']:.0f} | "
+            f"{'yes' if r['passed'] else 'no'} |"
         )
     if len(good) > 1:
         values = [r["return"] for r in good]
         lines += [
             "",
-            f"{len(good)} seeds: mean {statistics.fmean(values):.2f}, standard deviation {statistics.stdev(values):.2f}, "
+            f"{len(good)} seeds: mean {statistics.fmean(values):.2f}, standard deviation "
+            f"{statistics.stdev(values):.2f}, "
             f"median {statistics.median(values):.2f}, worst {min(values):.2f}; "
             f"random {statistics.fmean(r['random'] for r in good):.2f}; "
             f"median wall {statistics.median(r['wall_seconds'] for r in good):.0f} s.",
         ]
     if good and "loss_first" in good[0]:
-        lines += ["", *(f"Seed {r['seed']}: reconstruction loss {r['loss_first']:.1f} -> {r['loss_last']:.1f}." for r in good)]
+        lines += [
+            "",
+            *(
+                f"Seed {r['seed']}: reconstruction loss {r['loss_first']:.1f} -> {r['loss_last']:.1f}."
+                for r in good
+            ),
+        ]
     return "\n".join(lines) + "\n"
 
 
 def _bench_table(name: str, rows: list[dict[str, Any]], command: str) -> str:
     lines = [
         f"### {name}", "", f"`{command}`", "",
-        "| case | metric | value | unit | ratio | to | n | spread | foreign load |", "|---|---|---|---|---|---|---|---|---|",
+        "| case | metric | value | unit | ratio | to | n | spread | foreign load |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for r in rows:
         ratio = "" if r.get("ratio") is None else f"{r['ratio']:.3g}"
         lines.append(
-            f"| {r['case']} | {r['metric']} | {r['value']:.4g} | {r['unit']} | {ratio} | {r.get('ratio_to') or ''} | "
+            f"| {r['case']} | {r['metric']} | {r['value']:.4g} | {r['unit']} | {ratio} | "
+            f"{r.get('ratio_to') or ''} | "
             f"{r.get('n', '')} | {r.get('spread') or 0:.2g} | {r.get('foreign_load') or 0:.2f} |"
         )
     return "\n".join(lines) + "\n"

@@ -30,7 +30,9 @@ def _say(value: Any, as_json: bool, text: str) -> None:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
-@click.group(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="dreamfleet")
 def cli() -> None:
     """Train world-model agents on real environments with a distributed actor-learner system."""
@@ -38,15 +40,27 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("recipe")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override one setting, e.g. actors.count=4.")
-@click.option("--backend", type=click.Choice(["ray", "local"]), help="Where roles run: a Ray cluster, or plain processes.")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one setting, e.g. actors.count=4.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["ray", "local"]),
+    help="Where roles run: a Ray cluster, or plain processes.",
+)
 @click.option(
     "--resume", type=click.Choice(["auto", "never", "require"]), default="auto", show_default=True,
-    help="auto: go on where the run directory stopped; never: refuse an existing run; require: refuse a new one.",
+    help="auto: go on where the run stopped; never: refuse an existing run; require: refuse a new one.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the plan, start nothing.")
 @json_option
-def train(recipe: str, assignments: tuple[str, ...], backend: str | None, resume: str, dry_run: bool, as_json: bool) -> None:
+def train(
+    recipe: str, assignments: tuple[str, ...], backend: str | None, resume: str, dry_run: bool, as_json: bool
+) -> None:
     """Train an agent: RECIPE is a shipped name (see `dreamfleet recipes`) or a YAML file."""
     from deploy.run_config import compose
 
@@ -68,7 +82,9 @@ def recipes(as_json: bool) -> None:
     """List the shipped recipes."""
     from deploy.run_config import RECIPES, recipe_names
 
-    first = {n: (RECIPES / f"{n}.yaml").read_text().splitlines()[0].removeprefix("# ") for n in recipe_names()}
+    first = {
+        n: (RECIPES / f"{n}.yaml").read_text().splitlines()[0].removeprefix("# ") for n in recipe_names()
+    }
     _say(first, as_json, "\n".join(f"{name:14} {line}" for name, line in first.items()))
 
 
@@ -87,14 +103,21 @@ def evaluate(run: Path, episodes: int, seed: int | None, sample: bool, as_json: 
     report = evaluate_run(run, episodes, seed=seed, mode="train" if sample else "eval")
     _say(
         asdict(report), as_json,
-        f"evaluation return {report.mean:.1f} over {len(report.returns)} episodes (random {report.random_mean:.1f}), "
+        f"evaluation return {report.mean:.1f} over {len(report.returns)} episodes (random "
+        f"{report.random_mean:.1f}), "
         f"std {report.std:.1f}, {report.env_steps} environment steps, {report.updates} updates",
     )  # fmt: skip
 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path), required=False)
-@click.option("--root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where runs live.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Where runs live.",
+)
 @json_option
 def status(run: Path | None, root: Path, as_json: bool) -> None:
     """Show the roles and counters of RUN, or all runs under --root."""
@@ -116,7 +139,13 @@ def video(run: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where runs would live.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Where runs would live.",
+)
 @json_option
 def doctor(root: Path, as_json: bool) -> None:
     """Check this machine: versions, device, ports, space, environments. Exit code 3 when not ready."""
@@ -134,7 +163,9 @@ def env() -> None:
 
 @env.command()
 @click.argument("name")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Adapter option, e.g. action_repeat=2.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Adapter option, e.g. action_repeat=2."
+)
 @json_option
 def check(name: str, assignments: tuple[str, ...], as_json: bool) -> None:
     """Run the conformance kit on environment NAME (envpool:, gym:, dmc:, toy: or module:callable)."""

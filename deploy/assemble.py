@@ -19,10 +19,11 @@ from system.specs import EnvSpec, TableSpec
 from system.wire import OPEN, Security
 
 if TYPE_CHECKING:
+    from replay.service import ShardServer
+
     from actors.actor import Actor
     from replay.limiter import RateLimiter
     from replay.reader import LocalReader
-    from replay.service import ShardServer
     from replay.shard import ReplayShard
     from system.interfaces import Policy
     from system.params.server import ParameterServer
@@ -36,7 +37,8 @@ def security(config: RunConfig) -> Security:
         mode = stat.S_IMODE(services.token_file.stat().st_mode) if services.token_file.exists() else 0o600
         if mode & 0o077:
             raise PreflightError(
-                f"token file {services.token_file} has mode {mode:04o}, must be readable by its owner alone; chmod 600 it"
+                f"token file {services.token_file} has mode {mode:04o}, must be readable by its "
+                "owner alone; chmod 600 it"
             )
         tokens = {str(k): str(v) for k, v in read_yaml(services.token_file)[0].items()}
     paths = (services.certificate, services.private_key, services.authority)
@@ -44,9 +46,7 @@ def security(config: RunConfig) -> Security:
         raise ConfigError("services.certificate, private_key and authority must be given together")
     if not tokens and not any(paths):
         return OPEN
-    return Security(
-        tokens=tokens, certificate=paths[0], private_key=paths[1], authority=paths[2]
-    )
+    return Security(tokens=tokens, certificate=paths[0], private_key=paths[1], authority=paths[2])
 
 
 def table_spec(config: RunConfig, env_spec: EnvSpec) -> TableSpec:
@@ -67,6 +67,7 @@ def replay_shard(
     config: RunConfig, env_spec: EnvSpec, run_dir: str, index: int, port: int, metrics: Metrics
 ) -> tuple[ReplayShard, ShardServer]:
     from replay.service import serve_shard
+
     from replay.shard import ReplayShard
 
     shard = ReplayShard(
@@ -92,8 +93,11 @@ def rate_limiter(config: RunConfig) -> RateLimiter:
     )
 
 
-def replay_reader(config: RunConfig, env_spec: EnvSpec, run_dir: str, shards: tuple[str, ...], metrics: Metrics) -> LocalReader:
+def replay_reader(
+    config: RunConfig, env_spec: EnvSpec, run_dir: str, shards: tuple[str, ...], metrics: Metrics
+) -> LocalReader:
     from replay.client import GrpcShardControl
+
     from replay.reader import LocalReader
 
     return LocalReader(
@@ -127,9 +131,10 @@ def actor(
     shard_addresses: tuple[str, ...],
     metrics: Metrics,
 ) -> Actor:
+    from replay.client import GrpcReplayWriter
+
     from actors.actor import Actor
     from actors.envs.catalog import make_env
-    from replay.client import GrpcReplayWriter
     from system.params.client import GrpcWeightSource
 
     table = table_spec(config, env_spec)
@@ -139,7 +144,10 @@ def actor(
         index,
         incarnation,
         make_env(
-            config.env.name, config.actors.envs, options=config.env.options, timeout=config.env.timeout_seconds
+            config.env.name,
+            config.actors.envs,
+            options=config.env.options,
+            timeout=config.env.timeout_seconds,
         ),
         policy(config, env_spec, "actor", index, "policy", incarnation),
         GrpcReplayWriter(home, table, security=credentials),
@@ -160,5 +168,9 @@ def agent(config: RunConfig, env_spec: EnvSpec) -> Any:
 
     family = make_config(config.learner.family, config.learner.settings)
     return make_agent(
-        config.learner.family, family, env_spec, device=config.learner.device, seed=child_seed(config.seed, "agent")
+        config.learner.family,
+        family,
+        env_spec,
+        device=config.learner.device,
+        seed=child_seed(config.seed, "agent"),
     )

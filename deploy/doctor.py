@@ -45,7 +45,8 @@ class Report:
 
     def text(self) -> str:
         lines = [
-            f"{c.level:5} {c.name:14} {c.found}" + (f"\n{'':21}-> {c.remedy}" if c.remedy else "") for c in self.checks
+            f"{c.level:5} {c.name:14} {c.found}" + (f"\n{'':21}-> {c.remedy}" if c.remedy else "")
+            for c in self.checks
         ]
         return "\n".join([*lines, "ready" if self.ready else "not ready"])
 
@@ -53,7 +54,9 @@ class Report:
 def _python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
     ok = sys.version_info >= (3, 11)
-    return Check(name="python", level="ok" if ok else "fail", found=version, remedy="" if ok else "use Python >= 3.11")
+    return Check(
+        name="python", level="ok" if ok else "fail", found=version, remedy="" if ok else "use Python >= 3.11"
+    )
 
 
 def _packages() -> Iterator[Check]:
@@ -62,7 +65,9 @@ def _packages() -> Iterator[Check]:
             yield Check(name=name, level="ok", found=importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             if name in OPTIONAL:
-                yield Check(name=name, level="warn", found="absent", remedy=f"pip install {name} for {OPTIONAL[name]}")
+                yield Check(
+                    name=name, level="warn", found="absent", remedy=f"pip install {name} for {OPTIONAL[name]}"
+                )
             else:
                 yield Check(name=name, level="fail", found="absent", remedy=f"pip install {name}")
 
@@ -127,5 +132,7 @@ def examine(root: Path) -> Report:
         try:
             checks.append(step())
         except (DreamfleetError, OSError) as error:
-            checks.append(Check(name=name, level="fail", found=str(error), remedy="mend the cause named here"))
+            checks.append(
+                Check(name=name, level="fail", found=str(error), remedy="mend the cause named here")
+            )
     return Report(checks=checks)

@@ -137,7 +137,8 @@ class Driver:
                     waiting.remove(key)
             if time.monotonic() > deadline:
                 raise InfrastructureError(
-                    f"{', '.join(waiting)} did not start within {START_SECONDS:.0f} s; see {self.run_dir.logs}"
+                    f"{', '.join(waiting)} did not start within {START_SECONDS:.0f} s; see "
+                    f"{self.run_dir.logs}"
                 )
             time.sleep(0.05)
 
@@ -231,7 +232,11 @@ class Driver:
         for episode in newest[len(newest) - fresh :] if fresh > 0 else ():
             self._returns.append(float(episode["score"]))
             self.curve.append(
-                {"env_steps": float(progress.env_steps), "seconds": progress.seconds, "return": float(episode["score"])}
+                {
+                    "env_steps": float(progress.env_steps),
+                    "seconds": progress.seconds,
+                    "return": float(episode["score"]),
+                }
             )
 
     def _publish_targets(self, statuses: Mapping[str, RoleStatus]) -> None:
@@ -239,7 +244,11 @@ class Driver:
         targets = [
             {
                 "targets": [f"{self.config.services.host}:{status.metrics_port}"],
-                "labels": {"run": self.config.name, "role": key.rsplit("-", 1)[0], "index": key.rsplit("-", 1)[1]},
+                "labels": {
+                    "run": self.config.name,
+                    "role": key.rsplit("-", 1)[0],
+                    "index": key.rsplit("-", 1)[1],
+                },
             }
             for key, status in statuses.items()
             if status.metrics_port

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from actors.conformance import Finding, check_env
+
 from system.config import parse_assignment
 
 
@@ -28,7 +29,8 @@ class EnvReport:
 
     def text(self) -> str:
         lines = [
-            f"{f.level:5} {f.rule}: {f.detail}" + (f"\n      -> {f.remedy}" if f.remedy else "") for f in self.findings
+            f"{f.level:5} {f.rule}: {f.detail}" + (f"\n      -> {f.remedy}" if f.remedy else "")
+            for f in self.findings
         ]
         return "\n".join([*lines, f"{self.name}: {'conforms' if self.passed else 'does not conform'}"])
 

@@ -66,14 +66,17 @@ def load_agent(path: Path) -> tuple[RunConfig, EnvSpec, Any, Mapping[str, Any]]:
 
     Raises: ConfigError without a checkpoint or for another model; IntegrityError for a broken one.
     """
-    from deploy.learner_role import signature
     from learner.checkpoint import CheckpointStore, check_signature
+
+    from deploy.learner_role import signature
 
     config, env_spec = open_run(path)
     store = CheckpointStore(RunDirectory(path).checkpoints, keep=config.learner.keep_checkpoints)
     loaded = store.newest()
     if loaded is None:
-        raise ConfigError(f"{path} has no checkpoint that verifies; train longer or restore checkpoints/ from a copy")
+        raise ConfigError(
+            f"{path} has no checkpoint that verifies; train longer or restore checkpoints/ from a copy"
+        )
     check_signature(signature(config, env_spec), loaded.meta["signature"])
     cpu = config.model_copy(update={"learner": config.learner.model_copy(update={"device": "cpu"})})
     agent = assemble.agent(cpu, env_spec)

@@ -6,12 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from deploy import assemble
-from deploy.roles import RoleSpec
 from deploy.run_config import RunConfig
-from deploy.run_dir import RunDirectory
 from system.config import flatten
-from system.metrics import Metrics
 from system.specs import EnvSpec
 
 
@@ -21,4 +17,8 @@ def signature(config: RunConfig, env_spec: EnvSpec) -> dict[str, Any]:
 
     family = make_config(config.learner.family, config.learner.settings)
     env = env_spec.to_json()
-    return {"family": config.learner.family, **flatten(family, "settings."), **flatten({"obs": env["obs"], "action": env["action"]})}
+    return {
+        "family": config.learner.family,
+        **flatten(family, "settings."),
+        **flatten({"obs": env["obs"], "action": env["action"]}),
+    }

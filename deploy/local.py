@@ -33,7 +33,9 @@ class LocalFleet:
         """Start one role. Raises: InfrastructureError when its previous life still runs."""
         old = self._children.get(spec.key)
         if old is not None and old.poll() is None:
-            raise InfrastructureError(f"{spec.key} (pid {old.pid}) still runs; stop it before launching it again")
+            raise InfrastructureError(
+                f"{spec.key} (pid {old.pid}) still runs; stop it before launching it again"
+            )
         (self._run_dir / "status" / f"{spec.key}.json").unlink(missing_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads(spec)), "PYTHONUNBUFFERED": "1"}
         root = str(Path(__file__).resolve().parent.parent)

@@ -77,7 +77,7 @@ def draw_open_loop(path: Path) -> list[Path]:
 
 
 def _write_video(stem: Path, frames: NDArray[np.uint8]) -> list[Path]:
-    """frames [T, H, W, 3]: written as GIF and MP4, magnified to be seen."""
+    """Frames [T, H, W, 3]: written as GIF and MP4, magnified to be seen."""
     import imageio.v3 as iio
 
     scale = max(1, 192 // frames.shape[2]) if frames.shape[2] < 192 else 1

@@ -31,14 +31,18 @@ class Plan:
     def text(self, layers: Layers) -> str:
         obs = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in self.env_spec.obs.items())
         action = self.env_spec.action
-        shown = f"discrete {list(action.classes)}" if action.kind == "discrete" else f"continuous [{action.size}]"
+        shown = (
+            f"discrete {list(action.classes)}" if action.kind == "discrete" else f"continuous [{action.size}]"
+        )
         roles = ", ".join(f"{n} {role}" for role, n in self.processes.items())
         return (
             f"{dump_with_origin(self.config, layers)}\n"
             f"plan: {roles} on backend {self.config.backend}\n"
             f"  observations  {obs}\n  actions       {shown}\n"
-            f"  replay        {self.row_bytes} bytes per row, at most {self.replay_bytes / 2**20:.0f} MiB on disk\n"
-            f"  training      {self.updates} updates of {self.config.learner.batch} x {self.config.learner.length} rows\n"
+            f"  replay        {self.row_bytes} bytes per row, at most "
+            f"{self.replay_bytes / 2**20:.0f} MiB on disk\n"
+            f"  training      {self.updates} updates of {self.config.learner.batch} x "
+            f"{self.config.learner.length} rows\n"
             f"  run directory {self.config.directory.absolute()}\n"
             "nothing was started (--dry-run)"
         )

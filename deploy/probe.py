@@ -27,11 +27,14 @@ def probe_env(name: str, options: Mapping[str, Any]) -> EnvSpec:
     """
     question = json.dumps({"name": name, "options": dict(options)})
     root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([root, str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
     try:
         done = subprocess.run(
             [sys.executable, "-m", "deploy.probe"],
-            input=question, capture_output=True, text=True, timeout=PROBE_SECONDS, env=environment, check=False,
+            input=question, capture_output=True, text=True, timeout=PROBE_SECONDS,
+            env=environment, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise EnvError(
@@ -41,7 +44,9 @@ def probe_env(name: str, options: Mapping[str, Any]) -> EnvSpec:
     answers = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     if not answers:
         tail = "\n".join(done.stderr.splitlines()[-5:])
-        raise EnvError(f"environment {name!r} crashed while being made (exit code {done.returncode}):\n{tail}")
+        raise EnvError(
+            f"environment {name!r} crashed while being made (exit code {done.returncode}):\n{tail}"
+        )
     answer = json.loads(answers[-1].removeprefix(ANSWER))
     if "error" in answer:
         kind = ConfigError if answer["exit_code"] == ConfigError.exit_code else EnvError

@@ -118,7 +118,9 @@ class MetricFiles:
             self._board.add_scalar(key, value, progress.env_steps)
 
     def scalar(self, name: str, value: float, env_steps: int) -> None:
-        self._file.write(json.dumps({"schema": 1, "time": time.time(), "env_steps": env_steps, name: value}) + "\n")
+        self._file.write(
+            json.dumps({"schema": 1, "time": time.time(), "env_steps": env_steps, name: value}) + "\n"
+        )
         self._file.flush()
         self._board.add_scalar(name, value, env_steps)
 

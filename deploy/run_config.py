@@ -163,18 +163,21 @@ class RunConfig(StrictConfig):
         share = self.replay.capacity // max(streams, 1)
         if rows > share:
             raise ValueError(
-                f"learner.length + context ({rows}) must be <= replay.capacity / streams ({self.replay.capacity} / "
+                f"learner.length + context ({rows}) must be <= replay.capacity / streams "
+                f"({self.replay.capacity} / "
                 f"{streams} = {share}); lower learner.length or raise replay.capacity"
             )
         least = rows * streams
         if self.replay.prefill > self.replay.capacity:
             raise ValueError(
-                f"replay.prefill ({self.replay.prefill}) must be <= replay.capacity ({self.replay.capacity}); "
+                f"replay.prefill ({self.replay.prefill}) must be <= replay.capacity "
+                f"({self.replay.capacity}); "
                 "lower the prefill"
             )
         if max(self.replay.prefill, least) >= self.env_steps:
             raise ValueError(
-                f"env_steps ({self.env_steps}) must be > prefill ({self.replay.prefill}) and > one sequence per "
+                f"env_steps ({self.env_steps}) must be > prefill ({self.replay.prefill}) and > one "
+                "sequence per "
                 f"stream ({least}), or nothing is ever trained; raise env_steps or lower learner.length"
             )
         return self
@@ -186,7 +189,9 @@ class RunConfig(StrictConfig):
     @property
     def tolerance(self) -> int:
         """Trained rows by which inserts may run ahead: the limiter's band."""
-        return self.replay.tolerance or max(8 * self.batch_rows, int(4 * self.replay.train_ratio * self.chunk_total))
+        return self.replay.tolerance or max(
+            8 * self.batch_rows, int(4 * self.replay.train_ratio * self.chunk_total)
+        )
 
     @property
     def chunk_total(self) -> int:
@@ -224,7 +229,9 @@ def find_recipe(recipe: str) -> Path:
     raise ConfigError(f"unknown recipe {recipe!r}; {hint} (or pass a path ending in .yaml)")
 
 
-def compose(recipe: str, assignments: Sequence[str] = (), extra: dict[str, Any] | None = None) -> tuple[RunConfig, Layers]:
+def compose(
+    recipe: str, assignments: Sequence[str] = (), extra: dict[str, Any] | None = None
+) -> tuple[RunConfig, Layers]:
     """Resolve a recipe and overrides into a validated run. Raises: ConfigError."""
     path = find_recipe(recipe)
     values, lines = read_yaml(path)

@@ -35,7 +35,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} is unreadable ({error}); restore it or start a new run with --set name=NEW") from error
+        raise IntegrityError(
+            f"{path} is unreadable ({error}); restore it or start a new run with --set name=NEW"
+        ) from error
 
 
 class RunDirectory:
@@ -108,5 +110,7 @@ class RunDirectory:
     def config(self) -> Mapping[str, Any]:
         """The resolved config this run was started with. Raises: ConfigError when this is no run."""
         if not self.exists:
-            raise ConfigError(f"{self.path} is not a run directory (no run.json); give the path printed by train")
+            raise ConfigError(
+                f"{self.path} is not a run directory (no run.json); give the path printed by train"
+            )
         return read_json(self.config_file)

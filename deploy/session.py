@@ -40,7 +40,8 @@ def make_fleet(config: RunConfig, run_dir: Path) -> Fleet:
         from deploy.ray_fleet import RayFleet
     except ImportError as error:
         raise ConfigError(
-            f"backend ray needs the ray package ({error}); pip install 'ray[rllib,default]' or use --backend local"
+            f"backend ray needs the ray package ({error}); pip install 'ray[rllib,default]' or use "
+            "--backend local"
         ) from error
     return RayFleet(run_dir)
 
@@ -77,7 +78,8 @@ class Session:
         free = shutil.disk_usage(self.run_dir.path).free
         if free < LEAST_FREE_BYTES:
             raise PreflightError(
-                f"only {free >> 20} MiB free at {self.run_dir.path}, at least {LEAST_FREE_BYTES >> 20} MiB are needed; "
+                f"only {free >> 20} MiB free at {self.run_dir.path}, at least "
+                f"{LEAST_FREE_BYTES >> 20} MiB are needed; "
                 "free space or choose another place with --set root=DIR"
             )
         self.run_dir.write_json(self.run_dir.config_file, self.config.model_dump(mode="json"))
@@ -92,11 +94,14 @@ class Session:
     def _check_resume(self) -> None:
         if not self.run_dir.exists:
             if self._resume == "require":
-                raise ConfigError(f"--resume require: there is no run at {self.run_dir.path}; check name and root")
+                raise ConfigError(
+                    f"--resume require: there is no run at {self.run_dir.path}; check name and root"
+                )
             return
         if self._resume == "never":
             raise ConfigError(
-                f"--resume never: {self.run_dir.path} already holds a run; use another --set name=NEW or remove it"
+                f"--resume never: {self.run_dir.path} already holds a run; use another --set "
+                "name=NEW or remove it"
             )
         old, new = flatten(self.run_dir.config()), flatten(self.config)
         differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
@@ -123,7 +128,8 @@ class Session:
         security(self.config)
 
     def step(self, seconds: float = 1.0) -> Progress:
-        assert self.driver is not None and self._files is not None
+        assert self.driver is not None
+        assert self._files is not None
         progress = self.driver.step(seconds)
         self._files.write(progress)
         return progress
@@ -138,7 +144,8 @@ class Session:
         from deploy.evaluate import Summary, evaluate_run
         from deploy.pictures import draw_curve, draw_open_loop
 
-        assert self.driver is not None and self._files is not None
+        assert self.driver is not None
+        assert self._files is not None
         self.halt()
         progress = self.driver.progress
         report = evaluate_run(self.run_dir.path, self.config.evaluation.episodes)

@@ -42,11 +42,14 @@ class RunStatus:
 
     def text(self) -> str:
         lines = [f"{self.run_dir}: {'running' if self.alive else 'not running'}"]
-        lines += [f"  {key:32} {value:.4g}" for key, value in self.newest.items() if isinstance(value, float | int)]
+        lines += [
+            f"  {key:32} {value:.4g}" for key, value in self.newest.items() if isinstance(value, float | int)
+        ]
         header = f"  {'role':12}{'state':10}{'pid':>8}{'life':>6}{'said':>8}  note"
         lines += [header] if self.roles else ["  no roles have reported"]
         lines += [
-            f"  {r.role:12}{r.state:10}{r.pid:>8}{r.incarnation:>6}{r.seconds_ago:>7.0f}s  {r.note}" for r in self.roles
+            f"  {r.role:12}{r.state:10}{r.pid:>8}{r.incarnation:>6}{r.seconds_ago:>7.0f}s  {r.note}"
+            for r in self.roles
         ]
         lines.append(f"  checkpoints: {', '.join(self.checkpoints) or 'none'}")
         if self.summary:
@@ -113,7 +116,9 @@ def run_status(path: Path) -> RunStatus:
     """Raises: ConfigError when `path` is no run directory."""
     run = RunDirectory(path)
     if not run.exists:
-        raise ConfigError(f"{path} is not a run directory (no run.json); `dreamfleet status` alone lists runs")
+        raise ConfigError(
+            f"{path} is not a run directory (no run.json); `dreamfleet status` alone lists runs"
+        )
     roles = [line for p in sorted(run.status.glob("*.json")) if (line := _role_line(p)) is not None]
     return RunStatus(
         run_dir=str(run.path),

@@ -35,8 +35,10 @@ def _announce(session: Session, out: Any) -> None:
     config = session.config
     verb = "resuming" if session.resumed else "starting"
     out.write(
-        f"{verb} {session.run_dir.path}\n  {config.env.name} on backend {config.backend}: {config.actors.count} actors x "
-        f"{config.actors.envs} environments, {config.replay.shards} replay shards, 1 learner ({config.learner.family}, "
+        f"{verb} {session.run_dir.path}\n  {config.env.name} on backend {config.backend}: "
+        f"{config.actors.count} actors x "
+        f"{config.actors.envs} environments, {config.replay.shards} replay shards, 1 learner "
+        f"({config.learner.family}, "
         f"device {config.learner.device}), train ratio {config.replay.train_ratio:g}\n"
     )
     for change in session.changes:

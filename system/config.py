@@ -68,7 +68,9 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise ConfigError(f"{mark.name}:{mark.line + 1}: YAML aliases are not accepted; write the value out")
+            raise ConfigError(
+                f"{mark.name}:{mark.line + 1}: YAML aliases are not accepted; write the value out"
+            )
         return super().compose_node(parent, index)
 
 
@@ -93,9 +95,13 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror}); check the path and its permissions") from error
+        raise ConfigError(
+            f"cannot read {path} ({error.strerror}); check the path and its permissions"
+        ) from error
     if len(raw) > MAX_YAML_BYTES:
-        raise ConfigError(f"{path} has {len(raw)} bytes, must be <= {MAX_YAML_BYTES}; a recipe is a short file")
+        raise ConfigError(
+            f"{path} has {len(raw)} bytes, must be <= {MAX_YAML_BYTES}; a recipe is a short file"
+        )
     try:
         loader = _StrictLoader(raw.decode("utf-8-sig"))
         loader.name = str(path)
@@ -116,7 +122,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
     if not sign or not all(parts):
         raise ConfigError(f"--set {text!r} must look like section.key=value, e.g. --set actors.count=4")
     try:
-        parsed = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader subclass)
+        parsed = _StrictLoader(value).get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text!r}: the value is not valid YAML ({error})") from error
     out: Any = parsed

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def child_seed(seed: int, *path: str | int) -> int:
-    """A 31-bit seed for the part named by `path`, e.g. child_seed(7, "actor", 3, "incarnation", 1).
+    """A 31-bit seed for the part named by `path`, for example (7, "actor", 3, "incarnation", 1).
 
     Different paths give statistically independent streams (numpy SeedSequence spawning).
     """
