@@ -1,0 +1,288 @@
+"""The actor: runs the environment loop, ships its rows to the replay, keeps its policy fresh.
+
+Between `actors.loop` (where rows come from), `replay`'s writer (where they go) and the parameter server
+(where weights come from). A plain class: Ray or a local process calls run() in slices.
+Letters: N environments, n rows of one recv, T rows of one chunk.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.loop import LoopStep, env_loop
+from actors.random_policy import RandomPolicy
+from actors.staging import Staging
+from system.errors import ConfigError, DeadlineError, InfrastructureError, IntegrityError
+from system.experience import Chunk, EpisodeStats, Step
+from system.interfaces import Mode, Policy, ReplayWriter, VectorEnv, WeightSource
+from system.metrics import Metrics
+from system.seeds import child_seed
+from system.specs import TableSpec
+from system.weights import NO_VERSION, PolicyVersion, Weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorReport:
+    """What one run() did. Made by Actor.run, taken by the driver; counts are of this slice."""
+
+    index: int
+    incarnation: int
+    rows: int  # rows made
+    acknowledged: int  # rows the replay confirmed, repeats included
+    pending: int  # rows made and not acknowledged at the end of the slice
+    episodes: tuple[EpisodeStats, ...]
+    policy_version: PolicyVersion
+    lag: int  # versions the policy was behind when the newest weights arrived
+    weights_age: float  # seconds since the weight source last answered
+    waits: Mapping[str, float]  # seconds by cause: env, policy, append, weights
+    restarts: Mapping[str, int]  # environments rebuilt, by reason
+    wall: float  # seconds
+
+
+class Actor:
+    """Collects experience with `env` and `policy`.
+
+    Rows are kept until acknowledged; while an append waits (limiter, dead shard) no new rows are made,
+    so at most `chunk_rows` rows per environment are ever unacknowledged. Until the first weights come
+    the actor plays at random (version 0), or waits when `wait_for_policy`.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        incarnation: int,
+        env: VectorEnv,
+        policy: Policy,
+        writer: ReplayWriter,
+        source: WeightSource,
+        *,
+        table: TableSpec,
+        seed: int,
+        chunk_rows: int = 16,
+        chunk_seconds: float = 1.0,
+        append_timeout: float = 10.0,
+        pull_seconds: float = 1.0,
+        pull_timeout: float = 10.0,
+        env_timeout: float = 60.0,
+        wait_for_policy: bool = False,
+        max_weights_age: float | None = None,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Times are seconds. `max_weights_age` stops acting while the source is silent for longer.
+
+        Raises: ConfigError for a chunk or time that cannot be; SchemaError when table, environment
+        and policy disagree.
+        """
+        if chunk_rows < 1 or chunk_seconds <= 0 or append_timeout <= 0 or pull_timeout <= 0:
+            raise ConfigError(
+                f"chunk_rows ({chunk_rows}) must be >= 1 and chunk_seconds ({chunk_seconds}), append_timeout "
+                f"({append_timeout}), pull_timeout ({pull_timeout}) > 0; correct the actor's settings"
+            )
+        self._index = index
+        self._incarnation = incarnation
+        self._env = env
+        self._writer = writer
+        self._source = source
+        self._chunk_seconds = chunk_seconds
+        self._append_timeout = append_timeout
+        self._pull_seconds = pull_seconds
+        self._pull_timeout = pull_timeout
+        self._wait_for_policy = wait_for_policy
+        self._max_weights_age = max_weights_age
+        self._metrics = metrics
+        self._clock = clock
+        own_seed = child_seed(seed, "actor", index, "incarnation", incarnation)
+        warmup = RandomPolicy(env.spec.action, own_seed, table.overlay)
+        self._policy = _WarmingPolicy(warmup, policy)
+        self._staging = Staging(index, incarnation, env.num_envs, table, policy.columns, chunk_rows)
+        self._unacknowledged: list[Chunk] = []
+        self._unacknowledged_rows = 0
+        self._lag = 0
+        now = clock()
+        self._next_pull = now
+        self._source_answered = now
+        self._flushed = now
+        self._restarts_seen: Counter[str] = Counter()
+        env.start(own_seed)
+        self._loop = env_loop(env, self._policy, "train", timeout=env_timeout)
+        if metrics is not None:
+            metrics["actor_incarnation"].set(incarnation)
+
+    def run(self, seconds: float) -> ActorReport:
+        """Collect for about `seconds`; returns earlier than one append or pull timeout after that.
+
+        Raises: EnvError, DivergedError, RejectedError, SchemaError: the actor is then spent, and a
+        successor must take a new incarnation.
+        """
+        begin = self._clock()
+        until = begin + seconds
+        slice_ = _Slice()
+        while (now := self._clock()) < until:
+            if now >= self._next_pull or self._must_wait_for_weights(now):
+                self._pull(until, slice_)
+                if self._must_wait_for_weights(self._clock()):
+                    continue
+            if self._unacknowledged:
+                self._append(min(self._append_timeout, max(until - self._clock(), 0.01)), slice_)
+                continue
+            self._take(next(self._loop), slice_)
+            if self._staging.full or (
+                self._staging.rows and self._clock() - self._flushed >= self._chunk_seconds
+            ):
+                self._flush()
+        return self._report(slice_, self._clock() - begin)
+
+    def close(self) -> int:
+        """Send what is staged, give up after `append_timeout`; returns the rows lost."""
+        slice_ = _Slice()
+        lost = 0
+        try:
+            if self._unacknowledged:
+                self._append(self._append_timeout, slice_)
+            if not self._unacknowledged and self._staging.rows:
+                self._flush()
+                self._append(self._append_timeout, slice_)
+        finally:
+            lost = self._unacknowledged_rows + self._staging.rows
+            if lost:
+                log.warning("rows lost at close", extra={"actor": self._index, "rows": lost})
+                if self._metrics is not None:
+                    self._metrics.labels("actor_rows_lost_total", reason="close").inc(lost)
+            self._loop.close()
+            self._env.close()
+            self._writer.close()
+        return lost
+
+    def _take(self, rows: LoopStep, slice_: _Slice) -> None:
+        self._staging.add(rows)
+        slice_.rows += len(rows.step)
+        slice_.episodes.extend(rows.episodes)
+        slice_.waits["env"] += rows.env_seconds
+        slice_.waits["policy"] += rows.policy_seconds
+
+    def _flush(self) -> None:
+        self._unacknowledged_rows = self._staging.rows
+        self._unacknowledged = self._staging.flush()
+        self._flushed = self._clock()
+
+    def _append(self, timeout: float, slice_: _Slice) -> None:
+        """Send the unacknowledged chunks once; they stay when the deadline passes."""
+        begin = self._clock()
+        try:
+            self._writer.append(self._unacknowledged, timeout)
+        except DeadlineError:
+            pass  # back-pressure: the same rows go again, the store drops what it has
+        else:
+            slice_.acknowledged += self._unacknowledged_rows
+            self._unacknowledged = []
+            self._unacknowledged_rows = 0
+        slice_.waits["append"] += self._clock() - begin
+
+    def _must_wait_for_weights(self, now: float) -> bool:
+        if self._wait_for_policy and self._policy.version == NO_VERSION:
+            return True
+        return self._max_weights_age is not None and now - self._source_answered > self._max_weights_age
+
+    def _pull(self, until: float, slice_: _Slice) -> None:
+        """Load newer weights if there are any. A silent source is waited for only when we must."""
+        begin = self._clock()
+        waiting = self._must_wait_for_weights(begin)
+        timeout = min(self._pull_timeout, max(until - begin, 0.01))
+        newer: Weights | None = None
+        try:
+            newer = self._source.latest(self._policy.version, timeout)
+            self._source_answered = self._clock()
+        except (DeadlineError, InfrastructureError, IntegrityError) as error:
+            log.warning("weights not fetched", extra={"actor": self._index, "error": str(error)})
+        if newer is not None and newer.version > self._policy.version:
+            self._load(newer)
+        now = self._clock()
+        slice_.waits["weights"] += now - begin
+        self._next_pull = now + (min(self._pull_seconds, 0.05) if waiting else self._pull_seconds)
+
+    def _load(self, newer: Weights) -> None:
+        used = self._policy.version
+        self._lag = newer.version.counter - used.counter if newer.version.epoch == used.epoch else 0
+        self._policy.load(newer)
+        if self._metrics is not None:
+            self._metrics["actor_policy_lag_versions"].observe(self._lag)
+            self._metrics["actor_policy_version"].set(newer.version.counter)
+
+    def _report(self, slice_: _Slice, wall: float) -> ActorReport:
+        counts = Counter(getattr(self._env, "restarts", {}))
+        restarts = counts - self._restarts_seen
+        self._restarts_seen = counts
+        if self._metrics is not None:
+            self._export(self._metrics, slice_, restarts)
+        return ActorReport(
+            index=self._index,
+            incarnation=self._incarnation,
+            rows=slice_.rows,
+            acknowledged=slice_.acknowledged,
+            pending=self._unacknowledged_rows + self._staging.rows,
+            episodes=tuple(slice_.episodes),
+            policy_version=self._policy.version,
+            lag=self._lag,
+            weights_age=self._clock() - self._source_answered,
+            waits=dict(slice_.waits),
+            restarts=dict(restarts),
+            wall=wall,
+        )
+
+    def _export(self, metrics: Metrics, slice_: _Slice, restarts: Counter[str]) -> None:
+        metrics["actor_env_steps_total"].inc(slice_.rows)
+        metrics["actor_rows_acknowledged_total"].inc(slice_.acknowledged)
+        metrics["actor_episodes_total"].inc(len(slice_.episodes))
+        if slice_.episodes:
+            metrics["actor_episode_return"].set(slice_.episodes[-1].score)
+            metrics["actor_episode_length"].set(slice_.episodes[-1].length)
+        for cause in ("env", "policy", "append"):
+            metrics[f"actor_{cause}_seconds_total"].inc(slice_.waits[cause])
+        for reason, count in restarts.items():
+            metrics.labels("actor_env_restarts_total", reason=reason).inc(count)
+
+
+class _Slice:
+    """Counters of one run()."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.acknowledged = 0
+        self.episodes: list[EpisodeStats] = []
+        self.waits: dict[str, float] = {"env": 0.0, "policy": 0.0, "append": 0.0, "weights": 0.0}
+
+
+class _WarmingPolicy:
+    """Random until the first weights arrive, the real policy from then on."""
+
+    def __init__(self, warmup: RandomPolicy, policy: Policy) -> None:
+        self._warmup = warmup
+        self._policy = policy
+        self.version = policy.version
+        self.columns = policy.columns
+
+    def initial(self, num_envs: int) -> Any:
+        return self._policy.initial(num_envs)
+
+    def act(
+        self, carry: Any, step: Step, mode: Mode
+    ) -> tuple[NDArray[np.generic], Any, dict[str, NDArray[np.generic]]]:
+        if self.version > NO_VERSION:
+            return self._policy.act(carry, step, mode)
+        action, _, extras = self._warmup.act(None, step, mode)
+        return action, carry, extras
+
+    def load(self, weights: Weights) -> None:
+        self._policy.load(weights)
+        self.version = weights.version

@@ -1,0 +1,1 @@
+"""Environment adapters: everything that turns someone's simulator into `system.interfaces.VectorEnv`."""

@@ -1,0 +1,122 @@
+"""Gathers rows of many streams and cuts them into chunks. Between the environment loop and the replay writer.
+
+Rows are staged environment-major, so a stream's chunk is a slice and is never copied.
+Letters: N environments, n rows of one recv, T rows of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.loop import LoopStep
+from system.errors import DivergedError, SchemaError
+from system.experience import Chunk, StreamId
+from system.specs import ArraySpec, TableSpec
+
+Array = NDArray[np.generic]
+
+
+class Staging:
+    """Room for `chunk_rows` rows of each of N streams, numbered by (incarnation, episode, step)."""
+
+    def __init__(
+        self,
+        actor: int,
+        incarnation: int,
+        num_envs: int,
+        table: TableSpec,
+        policy_columns: Mapping[str, ArraySpec],
+        chunk_rows: int,
+    ) -> None:
+        """Raises: SchemaError when the policy does not fill exactly the table's overlay columns."""
+        if dict(policy_columns) != dict(table.overlay):
+            raise SchemaError(
+                f"the policy fills columns {sorted(policy_columns)}, the table has overlay columns "
+                f"{sorted(table.overlay)}; both must be the same with equal shapes and dtypes: "
+                "build the table from this policy"
+            )
+        self._streams = [StreamId(actor=actor, env=i) for i in range(num_envs)]
+        self._incarnation = incarnation
+        self._num_envs = num_envs
+        self._capacity = chunk_rows
+        self._specs = table.all
+        self._extras = tuple(name for name, spec in table.overlay.items())
+        self._floats = tuple(n for n, s in table.overlay.items() if np.dtype(s.dtype).kind == "f")
+        self._episode = np.full(num_envs, -1, np.int32)  # [N]
+        self._step = np.zeros(num_envs, np.int32)  # [N]
+        self._fill = np.zeros(num_envs, np.intp)  # [N]
+        self._rows = self._fresh()  # each [N, T, ...]
+        self.rows = 0
+
+    def _fresh(self) -> dict[str, Array]:
+        shape = (self._num_envs, self._capacity)
+        rows: dict[str, Array] = {
+            name: np.empty((*shape, *spec.shape), spec.dtype) for name, spec in self._specs.items()
+        }
+        rows["incarnation"][...] = self._incarnation
+        return rows
+
+    @property
+    def full(self) -> bool:
+        """Whether some stream has no room for another row."""
+        return bool(self._fill.max() >= self._capacity)
+
+    def add(self, rows: LoopStep) -> None:
+        """Stage rows [n]. Raises: SchemaError for columns of another shape or dtype than the table's."""
+        step = rows.step
+        ids = step.env_id
+        assert (self._fill[ids] < self._capacity).all(), (self._fill, self._capacity)
+        self._episode[ids] += step.is_first
+        self._step[ids] = np.where(step.is_first, 0, self._step[ids] + 1)
+        at = self._fill[ids]
+        n = len(step)
+        for name, value in step.obs.items():
+            self._put(name, ids, at, value, n)
+        self._put("action", ids, at, rows.action, n)
+        for name in self._extras:
+            if name not in rows.extras:
+                raise SchemaError(
+                    f"the policy gave no column {name!r} though it declares it; mend Policy.act"
+                )
+            self._put(name, ids, at, rows.extras[name], n)
+        own = self._rows
+        own["reward"][ids, at] = step.reward
+        own["is_first"][ids, at] = step.is_first
+        own["is_last"][ids, at] = step.is_last
+        own["is_terminal"][ids, at] = step.is_terminal
+        own["episode"][ids, at] = self._episode[ids]
+        own["step"][ids, at] = self._step[ids]
+        own["policy_version"][ids, at] = rows.version.encoded
+        self._fill[ids] = at + 1
+        self.rows += n
+
+    def _put(self, name: str, ids: NDArray[np.int32], at: NDArray[np.intp], value: Array, n: int) -> None:
+        target = self._rows[name]
+        if value.shape != (n, *target.shape[2:]) or value.dtype != target.dtype:
+            raise SchemaError(
+                f"column {name!r} has shape {value.shape} dtype {value.dtype}, the table wants "
+                f"{(n, *target.shape[2:])} {target.dtype}; mend the policy or environment that made it"
+            )
+        target[ids, at] = value
+
+    def flush(self) -> list[Chunk]:
+        """Cut one chunk per stream that has rows.
+
+        Raises: DivergedError when a policy column holds NaN or infinity.
+        """
+        chunks: list[Chunk] = []
+        for env in np.flatnonzero(self._fill):
+            columns = {name: rows[env, : self._fill[env]] for name, rows in self._rows.items()}  # [T, ...]
+            for name in self._floats:
+                if not np.isfinite(columns[name]).all():
+                    raise DivergedError(
+                        f"policy column {name!r} holds NaN or infinity; roll the learner back"
+                    )
+            chunks.append(Chunk(stream=self._streams[env], columns=columns))
+        self._rows = self._fresh()  # never reused: a writer may keep the chunks
+        self._fill[:] = 0
+        self.rows = 0
+        return chunks
