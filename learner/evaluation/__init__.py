@@ -1,0 +1,1 @@
+"""What is measured on any world model, through the contracts of `learner.interfaces` alone."""

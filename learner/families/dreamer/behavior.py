@@ -1,0 +1,150 @@
+"""The DreamerV3 behavior: actor and critic learned in imagination, critic also on replayed rows.
+
+The world model is a constant here: imagination runs without gradients, the actor learns by REINFORCE for both
+kinds of action, and the only gradient into the world model is that of the replay value loss.
+Source: arXiv 2301.04104, "Critic learning" and "Actor learning"; numbers of the current official code.
+Letters: B batch, T time, K trailing rows used as starts, N = B*K, H horizon, A action, F feature width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from learner.families.dreamer.config import DreamerConfig
+from learner.interfaces import Capability, LossOut, Mode, Rollout, Tree
+from learner.nn.heads import BoundedNormalHead, DiscreteActionHead, TwoHotHead
+from learner.nn.twohot import sparse_cross_entropy, twohot
+from learner.returns import ReturnRange, imagination_weights, lambda_return
+from system.specs import ActionSpec
+
+
+def make_actor(
+    config: DreamerConfig, feat: int, action: ActionSpec
+) -> DiscreteActionHead | BoundedNormalHead:
+    """The policy network of a config; the same on learner and actors."""
+    units, layers, outscale = config.units, config.actor_layers, config.actor_outscale
+    if action.kind == "discrete":
+        return DiscreteActionHead(feat, units, layers, action.classes, outscale, config.actor_unimix)
+    return BoundedNormalHead(feat, units, layers, action.size, outscale, config.min_std, config.max_std)
+
+
+class ActorCritic(nn.Module):
+    """Implements learner.interfaces.Behavior."""
+
+    needs: frozenset[Capability] = frozenset({"step", "reward", "cont"})
+    actor_keys = ("encoder.", "rssm.core.", "rssm.posterior.", "actor.")
+
+    def __init__(self, config: DreamerConfig, feat: int, action: ActionSpec) -> None:
+        super().__init__()
+        self.horizon, self.starts = config.horizon, config.imagination_starts
+        self.discount = 1.0 - 1.0 / config.discount_horizon
+        self.lambda_, self.entropy, self.scales = config.lambda_, config.entropy, config.scales
+        self.slow_rate, self.slow_weight = config.slow_rate, config.slow_weight
+        self.actor = make_actor(config, feat, action)
+        self.critic = TwoHotHead(feat, config.units, config.critic_layers, config.bins, 0.0)
+        self.slow = TwoHotHead(feat, config.units, config.critic_layers, config.bins, 0.0)
+        self.slow.requires_grad_(requires_grad=False)
+        self.returns = ReturnRange(
+            config.return_rate, config.return_low, config.return_high, config.return_floor
+        )
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"main": [p for p in self.parameters() if p.requires_grad]}
+
+    def after_step(self) -> None:
+        """Accept the newest return range and let the slow critic follow."""
+        self.returns.accept()
+        with torch.no_grad():
+            for slow, fast in zip(self.slow.parameters(), self.critic.parameters(), strict=True):
+                slow.lerp_(fast, self.slow_rate)
+
+    def trailing(self, batch: int, time: int) -> int:
+        """Rows K at the end of each sequence from which to imagine; at least 2, for one replay return."""
+        return time if self.starts == 0 else min(time, max(2, self.starts // batch))
+
+    def noise(self, batch: int, time: int, generator: torch.Generator) -> Tree:
+        """Action noise [N, H, *]; the model's own noise is drawn by the agent, for N trajectories of H steps."""
+        return {"action": self.actor.noise((batch * self.trailing(batch, time), self.horizon), generator)}
+
+    def act(self, feat: Tensor, noise: Tensor, mode: Mode) -> Tensor:
+        """Action [..., A] for feat [..., F]: sampled in training, the distribution's mode in evaluation."""
+        raw = self.actor(feat)
+        return self.actor.sample(raw, noise) if mode == "train" else self.actor.mode(raw)
+
+    def loss(self, model: object, batch: Tree, states: Tree, noise: Tree) -> LossOut:
+        """Actor, critic and replay-value losses from posterior `states` [B, T, ...] of `model`."""
+        time = states["feat"].shape[1]
+        last = self.trailing(states["feat"].shape[0], time)
+        starts = {k: states[k][:, time - last :].detach().flatten(0, 1) for k in ("deter", "stoch", "feat")}
+        rollout, root = self._imagine(model, starts, noise)
+        cont = torch.cat([root.unsqueeze(1), rollout.out["cont"]], 1)  # [N, H + 1]
+        weight = imagination_weights(cont)[:, :-1]  # [N, H]
+        logits = self.critic(rollout.feat)  # [N, H + 1, bins]
+        with torch.no_grad():
+            value = self.critic.mean(logits)  # [N, H + 1]
+            slow = self.slow.mean(self.slow(rollout.feat))
+            reward = torch.cat([torch.zeros_like(root).unsqueeze(1), rollout.out["reward"]], 1)
+            returns = lambda_return(reward, value, cont, torch.full_like(cont, self.lambda_))  # [N, H]
+            scale = self.returns.update(returns)
+            advantage = (returns - value[:, :-1]) / scale
+        policy, entropy = self._policy_loss(rollout, advantage, weight)
+        critic = (weight * self._critic_loss(logits[:, :-1], returns, slow[:, :-1])).mean()
+        tail = {k: batch[k][:, time - last :] for k in ("reward", "is_last", "is_terminal")}
+        bootstrap = returns[:, 0].view(-1, last)
+        replay = self._replay_loss(
+            states["feat"][:, time - last :], tail, bootstrap, slow[:, 0].view(-1, last)
+        )
+        scales = self.scales
+        total = scales.policy * policy + scales.value * critic + scales.replay_value * replay
+        metrics = {
+            "loss/policy": policy.detach(),
+            "loss/value": critic.detach(),
+            "loss/replay_value": replay.detach(),
+            "entropy/policy": entropy.detach(),
+            "imagined/return": returns.mean(),
+            "imagined/return_scale": scale,
+            "imagined/reward": rollout.out["reward"].mean(),
+            "imagined/cont": cont.mean(),
+            "imagined/value": value.mean(),
+            "imagined/weight": weight.mean(),
+            "imagined/advantage_std": advantage.std(),
+        }
+        return LossOut(total=total, metrics=metrics)
+
+    @torch.no_grad()
+    def _imagine(self, model: object, starts: Tree, noise: Tree) -> tuple[Rollout, Tensor]:
+        """Rollout from the starts [N, ...] under the sampled policy, and the starts' continuation [N]."""
+
+        def policy(state: Tree, h: int) -> Tensor:
+            return self.act(state["feat"], noise["action"][:, h], "train")
+
+        rollout = model.imagine(starts, self.horizon, policy, noise)  # type: ignore[attr-defined]
+        root = model.read(starts, frozenset({"cont"}))["cont"]  # type: ignore[attr-defined]
+        return rollout, root
+
+    def _policy_loss(self, rollout: Rollout, advantage: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """REINFORCE with entropy bonus; the log-probability belongs to the state the action was chosen in."""
+        raw = self.actor(rollout.feat)[:, :-1]  # [N, H, R]; the last state chose nothing
+        log_prob = self.actor.log_prob(raw, rollout.action)
+        entropy = self.actor.entropy(raw)
+        loss = -(weight * (log_prob * advantage + self.entropy * entropy)).mean()
+        return loss, entropy.mean()
+
+    def _critic_loss(self, logits: Tensor, target: Tensor, slow: Tensor) -> Tensor:
+        """Cross-entropy towards the two-hot return plus that towards the slow critic's value; [...]."""
+        index, weight = twohot(torch.stack([target, slow], -1), self.critic.bins)  # [..., 2, 2]
+        weight = weight * weight.new_tensor([[1.0], [self.slow_weight]])
+        return sparse_cross_entropy(logits, index.flatten(-2), weight.flatten(-2))
+
+    def _replay_loss(self, feat: Tensor, rows: Tree, bootstrap: Tensor, slow: Tensor) -> Tensor:
+        """Critic loss on replayed rows [B, K] whose returns bootstrap from imagined returns.
+
+        A row that is_last has no successor inside its episode: it carries no loss, and returns do not
+        run over it.
+        """
+        live = (~rows["is_terminal"]).float() * self.discount
+        trace = (~rows["is_last"]).float() * self.lambda_
+        target = lambda_return(rows["reward"], bootstrap, live, trace)  # [B, K - 1]
+        loss = self._critic_loss(self.critic(feat)[:, :-1], target, slow[:, :-1])
+        return ((~rows["is_last"][:, :-1]).float() * loss).mean()

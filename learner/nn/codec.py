@@ -1,0 +1,30 @@
+"""Small encodings of latent arrays for replay columns: bfloat16 bits as uint16, one-hots as uint8."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from learner.nn.categorical import one_hot
+
+
+def pack_float(x: Tensor) -> NDArray[np.uint16]:
+    """Float tensor [...] as the bits of its bfloat16 rounding."""
+    return x.detach().to(torch.bfloat16).cpu().contiguous().view(torch.uint16).numpy()
+
+
+def unpack_float(bits: NDArray[np.uint16], device: torch.device) -> Tensor:
+    """Inverse of `pack_float`, float32 on `device`."""
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.bfloat16).to(device).float()
+
+
+def pack_one_hot(x: Tensor) -> NDArray[np.uint8]:
+    """One-hots [..., C <= 256] as class indices [...]."""
+    return x.detach().argmax(-1).to(torch.uint8).cpu().numpy()
+
+
+def unpack_one_hot(index: NDArray[np.uint8], classes: int, device: torch.device) -> Tensor:
+    """Class indices [...] as one-hots [..., C]. Indices beyond the classes are clipped."""
+    return one_hot(torch.from_numpy(np.minimum(index, classes - 1).astype(np.int64)).to(device), classes)

@@ -1,0 +1,136 @@
+"""Features to predicted observations, with the loss of each key.
+
+Vectors: symlog squared error; discrete entries: cross-entropy; images: squared error of a sigmoid output in
+[0, 1], summed over pixels. Source: arXiv 2301.04104, "Network architecture"; numbers of the official code.
+Letters: F feature width, N images, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from learner.nn.encoder import ImageGroup, channel_norm, flat_size, flatten, split_obs
+from learner.nn.layers import MLP, BlockLinear, Conv, Linear, Norm
+from learner.nn.twohot import symexp
+from system.specs import ArraySpec
+
+
+class Decoder(nn.Module):
+    """One MLP for all vector-like keys with a linear head each, one transposed CNN per image resolution."""
+
+    def __init__(
+        self,
+        obs: Mapping[str, ArraySpec],
+        *,
+        deter: int,
+        stoch: int,
+        units: int,
+        layers: int,
+        depth: int,
+        mults: tuple[int, ...],
+        kernel: int,
+        blocks: int,
+    ) -> None:
+        super().__init__()
+        self.vectors, self.images = split_obs(obs, len(mults))
+        if self.vectors:
+            self.mlp = MLP(deter + stoch, units, layers)
+            self.heads = nn.ModuleList([Linear(units, flat_size(s)) for s in self.vectors.values()])
+        depths = [depth * mult for mult in mults]
+        self.cnn = nn.ModuleList(
+            [ImageDecoder(g, depths[-g.levels :], kernel, deter, stoch, units, blocks) for g in self.images]
+        )
+        self.deter = deter
+
+    def forward(self, feat: Tensor) -> dict[str, Tensor]:
+        """feat [..., F] -> raw output per key: symlog values, logits [..., *shape, classes], pixels in [0, 1]."""
+        out: dict[str, Tensor] = {}
+        if self.vectors:
+            x = self.mlp(feat)
+            for (key, spec), head in zip(self.vectors.items(), self.heads, strict=True):
+                classes = (spec.classes,) if spec.kind == "discrete" else ()
+                out[key] = head(x).float().view(*feat.shape[:-1], *spec.shape, *classes)
+        for group, cnn in zip(self.images, self.cnn, strict=True):
+            pixels = cnn(feat.flatten(0, -2)).float()  # [N, H, W, C]
+            pixels = pixels.view(*feat.shape[:-1], *pixels.shape[1:])
+            out |= dict(zip(group.keys, pixels.split(group.channels, -1), strict=True))
+        return out
+
+    def losses(self, raw: Mapping[str, Tensor], obs: Mapping[str, Tensor], lead: int) -> dict[str, Tensor]:
+        """Loss per key, summed over the key's entries; `lead` leading axes remain."""
+        out: dict[str, Tensor] = {}
+        for key, value in raw.items():
+            loss = self._loss(key, value, obs[key])
+            out[key] = loss.reshape(*loss.shape[:lead], -1).sum(-1)
+        return out
+
+    def _loss(self, key: str, raw: Tensor, target: Tensor) -> Tensor:
+        spec = self.vectors.get(key)
+        if spec is None:
+            return (raw - target.float() / 255.0).square()
+        if spec.kind == "discrete":
+            logits = raw.flatten(0, -2)  # [R, classes]
+            return F.cross_entropy(logits, target.long().flatten(), reduction="none").view(target.shape)
+        flat = flatten(target, spec)  # [..., entries]
+        return (raw.reshape(flat.shape) - flat).square()
+
+    def predictions(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raw outputs in the units of the environment: pixels 0..255 (float), values, class indices."""
+        out: dict[str, Tensor] = {}
+        for key, value in raw.items():
+            spec = self.vectors.get(key)
+            if spec is None:
+                out[key] = value * 255.0
+            else:
+                out[key] = value.argmax(-1) if spec.kind == "discrete" else symexp(value)
+        return out
+
+
+class ImageDecoder(nn.Module):
+    """Block-linear map of deter plus an MLP of stoch onto a small grid, then repeat-up convolutions."""
+
+    def __init__(
+        self,
+        group: ImageGroup,
+        depths: list[int],
+        kernel: int,
+        deter: int,
+        stoch: int,
+        units: int,
+        blocks: int,
+    ) -> None:
+        super().__init__()
+        self.side, self.grid, self.blocks, self.deter = group.side, group.grid, blocks, deter
+        self.depth = depths[-1]
+        assert self.depth % blocks == 0, (self.depth, blocks)
+        size = group.grid[0] * group.grid[1] * self.depth
+        self.from_deter = BlockLinear(deter, size, blocks)
+        self.stoch_hidden = MLP(stoch, 2 * units, 1)
+        self.from_stoch = Linear(2 * units, size)
+        self.norm_in = Norm(self.depth)
+        sizes = [*reversed(depths), sum(group.channels)]
+        self.conv = nn.ModuleList([Conv(a, b, kernel) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.norm = nn.ModuleList([Norm(b) for b in sizes[1:-1]])
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """feat [N, F] -> pixels [N, H, W, C] in [0, 1]."""
+        height, width = self.grid
+        spatial = self.from_deter(feat[:, : self.deter])  # [N, G * h * w * c]
+        spatial = spatial.view(-1, self.blocks, height, width, self.depth // self.blocks)
+        spatial = spatial.permute(0, 2, 3, 1, 4).reshape(-1, height, width, self.depth)
+        hidden = self.from_stoch(self.stoch_hidden(feat[:, self.deter :]))
+        x = F.silu(self.norm_in(spatial + hidden.view_as(spatial)))
+        x = x.permute(0, 3, 1, 2)  # [N, C, h, w]
+        for conv, norm in zip(self.conv[:-1], self.norm, strict=True):
+            x = F.silu(channel_norm(conv(double(x)), norm))
+        x = torch.sigmoid(self.conv[-1](double(x)))
+        return x[:, :, : self.side[0], : self.side[1]].permute(0, 2, 3, 1)
+
+
+def double(x: Tensor) -> Tensor:
+    """Repeat every pixel of [N, C, H, W] to 2x2."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
