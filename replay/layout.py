@@ -1,0 +1,228 @@
+"""Where a replay table lies on disk, and the few small JSON files beside its segments.
+
+<root>/table.json                      the schema, written once
+<root>/shard-0000/shard.json           geometry and capacity of this shard
+<root>/shard-0000/ledger.json          epoch, what was evicted, cursor of every stream
+<root>/shard-0000/catalog.bin          live counters, mapped by readers (`replay.catalog`)
+<root>/shard-0000/shard.lock           held by the one owning process
+<root>/shard-0000/00000012-e0003.zarr  segment 12, made in the shard's third life
+<root>/shard-0000/00000012-e0003.overlay.zarr   its mutable columns
+<root>/shard-0000/.scratch/            unfinished and evicted segments; emptied when the owner opens
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from system.errors import IntegrityError, PreflightError, SchemaError
+from system.specs import TableSpec
+
+FORMAT = 1
+"""Version of everything this package writes to disk."""
+SEGMENT_NAME = re.compile(r"(\d{8})-e(\d{4,})\.zarr")
+SHARD_NAME = re.compile(r"shard-(\d{4,})")
+SCRATCH = ".scratch"
+
+
+def shard_dir(root: Path, index: int) -> Path:
+    return root / f"shard-{index:04d}"
+
+
+def shard_indices(root: Path) -> list[int]:
+    """Indices of the shard directories under `root`, ascending."""
+    try:
+        names = [path.name for path in root.iterdir()]
+    except FileNotFoundError:
+        return []
+    return sorted(int(match[1]) for name in names if (match := SHARD_NAME.fullmatch(name)))
+
+
+def segment_name(number: int, epoch: int) -> str:
+    """Directory name; the epoch fences off an owner that should be dead: it never shares a file."""
+    return f"{number:08d}-e{epoch:04d}.zarr"
+
+
+def overlay_path(segment: Path) -> Path:
+    return segment.with_name(segment.name.removesuffix(".zarr") + ".overlay.zarr")
+
+
+def segment_paths(directory: Path) -> dict[int, Path]:
+    """Published segments of one shard directory by number, ascending."""
+    found = ((SEGMENT_NAME.fullmatch(path.name), path) for path in directory.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def make_dir(path: Path) -> None:
+    """Raises: PreflightError when the directory cannot be made or is not writable."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PreflightError(
+            f"replay directory {path} cannot be made ({error.strerror}); choose a writable replay root"
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PreflightError(f"replay directory {path} is not writable; fix permissions or choose another")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace `path` atomically. Raises: PreflightError when the disk refuses."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise PreflightError(
+            f"cannot write {path} ({error.strerror}); free space or fix permissions, then try again"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, None when there is no such file.
+
+    Raises: IntegrityError when it is cut off or no JSON object; PreflightError when it is unreadable.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise _broken(path, "not text") from error
+    except OSError as error:
+        raise PreflightError(f"cannot read {path} ({error.strerror}); fix its permissions") from error
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _broken(path, f"{error.msg} at character {error.pos} of {len(text)}") from error
+    if not isinstance(value, dict):
+        raise _broken(path, "no JSON object")
+    return value
+
+
+def _broken(path: Path, why: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path} must be a JSON object but is damaged ({why}); restore it from a copy, or move "
+        f"{path.parent} away to start an empty replay"
+    )
+
+
+def open_table(root: Path, table: TableSpec) -> None:
+    """Make `root` a table of this schema, or check that it already is one.
+
+    Raises: SchemaError when it holds another schema or format; IntegrityError when table.json is
+    damaged; PreflightError when it cannot be read or written.
+    """
+    make_dir(root)
+    path = root / "table.json"
+    if not path.exists():
+        value = {"format": FORMAT, "digest": table.digest, "table": table.to_json()}
+        draft = root / f".table-{os.getpid()}-{os.urandom(4).hex()}"
+        write_json(draft, value)
+        try:
+            os.link(draft, path)  # fails when another shard was first: then its schema is compared
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise PreflightError(f"cannot write {path} ({error.strerror}); fix the replay root") from error
+        finally:
+            draft.unlink(missing_ok=True)
+    check_table(root, table)
+
+
+def check_table(root: Path, table: TableSpec) -> None:
+    """Raises as `open_table`; ConfigError-like SchemaError when there is no table at all."""
+    path = root / "table.json"
+    value = read_json(path)
+    if value is None:
+        raise SchemaError(f"{root} holds no replay table (no table.json); check the replay root")
+    if value.get("format") != FORMAT:
+        raise SchemaError(
+            f"{path} has replay format {value.get('format')!r}, this version reads {FORMAT}; "
+            "use the version that wrote it or another replay root"
+        )
+    try:
+        found = TableSpec.from_json(value["table"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _broken(path, f"no valid schema: {error!r}") from error
+    if found.digest != value.get("digest"):
+        raise _broken(path, "schema and digest disagree")
+    if found.digest != table.digest:
+        raise SchemaError(
+            f"replay at {root} has schema {found.digest[:12]} but this run needs {table.digest[:12]} "
+            f"({_difference(found, table)}); choose another replay root or run with the settings that made it"
+        )
+
+
+def _difference(found: TableSpec, wanted: TableSpec) -> str:
+    parts: list[str] = []
+    for part, a, b in (
+        ("column", found.columns, wanted.columns),
+        ("overlay", found.overlay, wanted.overlay),
+    ):
+        parts += [f"{part} {k} only on disk" for k in sorted(set(a) - set(b))]
+        parts += [f"{part} {k} only in this run" for k in sorted(set(b) - set(a))]
+        for k in sorted(set(a) & set(b)):
+            if a[k] != b[k]:
+                there, here = (f"{s.dtype}{list(s.shape)} {s.kind} {s.classes}" for s in (a[k], b[k]))
+                parts.append(f"{part} {k}: {there} on disk, {here} in this run")
+    return "; ".join(parts)
+
+
+def take_lock(directory: Path) -> IO[str]:
+    """Hold the shard's lock until the returned file is closed or the process dies.
+
+    Raises: PreflightError when another process owns the shard.
+    """
+    path = directory / "shard.lock"
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise PreflightError(f"cannot open {path} ({error.strerror}); fix the replay root") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise PreflightError(
+            f"replay shard {directory} is owned by process {owner}; one process may own a shard: "
+            "stop that one or choose another replay root"
+        ) from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def sweep(directory: Path) -> None:
+    """Empty the scratch directory and remove overlays whose segment is gone. Owner only."""
+    scratch = directory / SCRATCH
+    if scratch.exists():
+        shutil.rmtree(scratch)
+    make_dir(scratch)
+    kept = {path.name for path in segment_paths(directory).values()}
+    for entry in list(directory.glob("*.overlay.zarr")):
+        if entry.name.replace(".overlay.zarr", ".zarr") not in kept:
+            shutil.rmtree(entry)
+
+
+def discard(directory: Path, segment: Path) -> list[Path]:
+    """Take a published segment and its overlay out of sight; maps that readers hold stay valid.
+
+    Returns what now waits in the scratch directory to be deleted.
+    """
+    scratch = directory / SCRATCH
+    present = [path for path in (segment, overlay_path(segment)) if path.exists()]
+    return [path.rename(scratch / f"evicted-{os.urandom(4).hex()}") for path in present]
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete directories, whatever of them exists."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,269 @@
+"""One replay shard: takes chunks, refuses what is wrong, drops what is known, waits for credit, commits.
+
+A plain class for one process; `replay.service` puts it on the wire, `deploy` puts it in a Ray actor.
+It is not on the read path: readers map its segments themselves (`replay.reader`), even while it is down.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from replay import layout
+from replay.admission import check_chunk, rows_known, stream_key
+from replay.limiter import UNLIMITED
+from replay.log import SegmentLog
+from replay.segment import SegmentFormat, allow_many_files, choose_geometry
+from system.errors import DeadlineError, PreflightError, RejectedError
+from system.experience import Ack, Chunk
+from system.metrics import Metrics
+from system.specs import TableSpec
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 0.2
+"""How often a held-back append looks again at a full disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardStats:
+    """Made by a shard, taken by the driver, the sampler and the dashboard."""
+
+    index: int = 0
+    inserted: int = 0  # rows ever committed, through evictions and restarts
+    rows: int = 0  # rows that can be sampled
+    nbytes: int = 0  # on disk
+    segments: int = 0
+    streams: int = 0
+    duplicates: int = 0  # rows dropped since this process opened the shard
+    rejected: int = 0  # rows refused since then
+    evicted: int = 0  # rows ever evicted
+    waiting: int = 0  # rows held back right now for want of credit
+    granted: int = 0  # `inserted` may reach this
+    wait_seconds: float = 0.0  # time appends spent waiting for credit or disk
+    epoch: int = 0  # lives of this shard
+    incarnations: Mapping[int, int] = field(default_factory=dict[int, int])  # highest seen, by actor
+
+
+class ShardControl(Protocol):
+    """How the limiter's owner reaches a shard; calls return promptly or raise a DreamfleetError."""
+
+    def grant(self, max_inserted: int) -> None: ...
+    def stats(self) -> ShardStats: ...
+
+
+class ReplayShard:
+    """Owner of one shard directory. Implements ReplayWriter and ShardControl; safe for many threads."""
+
+    def __init__(
+        self,
+        root: Path,
+        index: int,
+        table: TableSpec,
+        *,
+        capacity_rows: int,
+        segment_rows: int | None = None,
+        initial_grant: int = UNLIMITED,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Open or create shard `index` of the table at `root`.
+
+        `capacity_rows` live rows are kept, oldest segments leave first; `initial_grant` lifetime rows may be
+        inserted before the first `grant`, i.e. this shard's part of the prefill.
+
+        Raises: ConfigError, SchemaError, PreflightError, IntegrityError, each naming what to do.
+        """
+        geometry = choose_geometry(table.row_nbytes, capacity_rows, segment_rows)
+        layout.open_table(root, table)
+        directory = layout.shard_dir(root, index)
+        layout.make_dir(directory)
+        allow_many_files()
+        self.index = index
+        self.table = table
+        self._lock_file = layout.take_lock(directory)
+        try:
+            about = {"format": layout.FORMAT, "index": index, "capacity_rows": capacity_rows}
+            about |= {"slots": geometry.slots, "rows": geometry.rows}
+            layout.write_json(directory / "shard.json", about)
+            self._log = SegmentLog(directory, SegmentFormat(table, geometry), capacity_rows)
+        except BaseException:
+            self._lock_file.close()
+            raise
+        self._metrics = metrics
+        self._changed = threading.Condition()
+        self._granted = initial_grant
+        self._duplicates = self._rejected = self._waiting = 0
+        self._wait_seconds = 0.0
+        self._closed = False
+        self._evicted = self._log.inserted - self._log.rows
+        self._incarnations: dict[int, int] = {}
+        for key, cursor in self._log.cursors.items():
+            self._saw(key >> 16, cursor.incarnation)
+        self._export()
+
+    def append(self, chunks: list[Chunk], timeout: float) -> Ack:
+        """Commit the rows that are new, in order; return when they survive the death of any process.
+
+        A refused or late call may have committed some leading rows: send all again, they are dropped as
+        duplicates. Raises: RejectedError, DeadlineError, PreflightError (disk full until the deadline).
+        """
+        begin = time.monotonic()
+        deadline = begin + timeout
+        stored = dropped = 0
+        for chunk in chunks:
+            try:
+                check_chunk(self.table, chunk)
+                new = self._append_chunk(chunk, deadline)
+            except RejectedError as error:
+                self._count_rejected(chunk, error)
+                raise
+            stored += new
+            dropped += len(chunk) - new
+        if self._metrics is not None:
+            self._metrics["replay_append_seconds"].observe(time.monotonic() - begin)
+        return Ack(committed=stored, duplicates=dropped)
+
+    def grant(self, max_inserted: int) -> None:
+        """Let lifetime insertions reach `max_inserted`; a smaller value takes unused credit back."""
+        with self._changed:
+            self._granted = max_inserted
+            self._changed.notify_all()
+
+    def stats(self) -> ShardStats:
+        with self._changed:
+            return ShardStats(
+                index=self.index,
+                inserted=self._log.inserted,
+                rows=self._log.rows,
+                nbytes=self._log.nbytes,
+                segments=self._log.segments,
+                streams=len(self._log.cursors),
+                duplicates=self._duplicates,
+                rejected=self._rejected,
+                evicted=self._log.inserted - self._log.rows,
+                waiting=self._waiting,
+                granted=self._granted,
+                wait_seconds=self._wait_seconds,
+                epoch=self._log.catalog["epoch"],
+                incarnations=dict(self._incarnations),
+            )
+
+    def flush(self) -> None:
+        """Bring everything acknowledged to the device: survives power loss when this returns."""
+        with self._changed:
+            self._log.flush()
+
+    def close(self) -> None:
+        """Wake waiting appends with DeadlineError and release the shard. Idempotent."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+            self._log.close()
+        self._lock_file.close()
+
+    # ---- one chunk --------------------------------------------------------------------------------
+
+    def _append_chunk(self, chunk: Chunk, deadline: float) -> int:
+        """Commit the new rows of a checked chunk, as credit allows; return how many were new."""
+        key, total = stream_key(chunk.stream), len(chunk)
+        stored = 0
+        with self._changed:
+            while True:
+                self._require_open()
+                # Looked up each round: while this append waited, another one may have sent the same rows.
+                known = self._known(chunk, key)
+                if known == total:
+                    self._duplicates += total - stored
+                    self._count("replay_rows_duplicate_total", total - stored)
+                    return stored
+                room = min(total - known, self._granted - self._log.inserted)
+                if room <= 0:
+                    self._wait_credit(chunk, total - known, deadline)
+                    continue
+                remaining = max(deadline - time.monotonic(), 0.0)
+                try:
+                    count = self._log.append(
+                        chunk.stream, chunk.columns, known, known + room, max(remaining, 1.0)
+                    )
+                except PreflightError as error:
+                    self._wait_disk(error, deadline)
+                    continue
+                stored += count
+                self._saw(chunk.stream.actor, self._log.cursors[key].incarnation)
+                self._count("replay_rows_inserted_total", count)
+                self._export()
+
+    def _known(self, chunk: Chunk, key: int) -> int:
+        newest = self._incarnations.get(chunk.stream.actor, -1)
+        return rows_known(self._log.cursors.get(key), newest, chunk)
+
+    def _wait_credit(self, chunk: Chunk, rows: int, deadline: float) -> None:
+        begin = time.monotonic()
+        if begin >= deadline:
+            raise DeadlineError(
+                f"shard {self.index} held {rows} rows of {chunk.stream} back: "
+                f"{self._log.inserted} rows inserted, "
+                f"{self._granted} granted. The learner has to train first (train ratio); send them again"
+            )
+        self._waiting += rows
+        self._log.catalog["waiting"] = self._waiting
+        try:
+            self._changed.wait(deadline - begin)
+        finally:
+            self._waiting -= rows
+            self._log.catalog["waiting"] = self._waiting
+            self._waited(time.monotonic() - begin)
+
+    def _wait_disk(self, error: PreflightError, deadline: float) -> None:
+        begin = time.monotonic()
+        if begin >= deadline:
+            raise error
+        log.warning("append held back by the disk", extra={"shard": self.index, "cause": str(error)})
+        self._changed.wait(min(RETRY_SECONDS, deadline - begin))
+        self._waited(time.monotonic() - begin)
+
+    def _waited(self, seconds: float) -> None:
+        self._wait_seconds += seconds
+        self._count("replay_insert_wait_seconds_total", seconds)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise DeadlineError(f"shard {self.index} is closing; send the rows again once it is back")
+
+    def _saw(self, actor: int, incarnation: int) -> None:
+        self._incarnations[actor] = max(self._incarnations.get(actor, -1), incarnation)
+
+    # ---- counters ---------------------------------------------------------------------------------
+
+    def _count_rejected(self, chunk: Chunk, error: RejectedError) -> None:
+        try:
+            rows = len(chunk)
+        except (KeyError, TypeError):
+            rows = 1
+        with self._changed:
+            self._rejected += rows
+        if self._metrics is not None:
+            self._metrics.labels("replay_rows_rejected_total", reason=error.reason).inc(rows)
+        log.warning(
+            "rows rejected", extra={"shard": self.index, "reason": error.reason, "stream": str(chunk.stream)}
+        )
+
+    def _count(self, name: str, amount: float) -> None:
+        if self._metrics is not None and amount:
+            self._metrics[name].inc(amount)
+
+    def _export(self) -> None:
+        evicted = self._log.inserted - self._log.rows
+        self._count("replay_rows_evicted_total", evicted - self._evicted)
+        self._evicted = evicted
+        if self._metrics is None:
+            return
+        self._metrics["replay_rows"].set(self._log.rows)
+        self._metrics["replay_bytes"].set(self._log.nbytes)
+        self._metrics["replay_segments"].set(self._log.segments)
