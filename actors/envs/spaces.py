@@ -81,9 +81,21 @@ class ObsCodec:
             out[leaf.name] = _encode(leaf, np.stack(rows), n, copy=False)
         return out
 
-    def check(self, obs: Any) -> None:
-        """Raise EnvFault unless one unbatched observation is what the space promised."""
-        self.encode_list([obs])
+    def encode_one(self, obs: Any) -> dict[str, Array]:
+        """Return named arrays of one observation, without batch axis. Raises: EnvFault as encode."""
+        return {name: rows[0] for name, rows in self.encode_list([obs]).items()}
+
+    def space(self) -> spaces.Dict:
+        """The gymnasium space of encoded observations: reading it gives the same spec again."""
+        return spaces.Dict({name: _space_of(spec) for name, spec in self.spec.items()})
+
+
+def _space_of(spec: ArraySpec) -> spaces.Space[Any]:
+    if spec.kind == "discrete":
+        return spaces.MultiDiscrete(np.full(spec.shape, spec.classes), dtype=np.int32)
+    if spec.kind == "image":
+        return spaces.Box(0, 255, spec.shape, np.uint8)
+    return spaces.Box(-np.inf, np.inf, spec.shape, np.float32)
 
 
 class ActionCodec:
@@ -103,7 +115,7 @@ def _leaves(env: str, space: spaces.Space[Any], options: EnvOptions) -> Iterator
         dotted = ".".join(str(part) for part in path)
         if dotted in options.drop_obs:
             continue
-        if isinstance(sub, spaces.Text):
+        if not isinstance(sub, spaces.Box) and sub.dtype is not None and sub.dtype.kind == "U":
             log.info("text observation dropped", extra={"env": env, "obs": dotted})
             continue
         yield _leaf(env, path, "" if single else dotted, sub, options)
