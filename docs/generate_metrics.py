@@ -1,4 +1,4 @@
-"""Writes docs/metrics.md from the catalogue in system/metrics.py. `make docs` runs it, a house test compares."""
+"""Writes docs/metrics.md from the catalogue in system/metrics.py, by `make docs`; a house test compares."""
 
 from pathlib import Path
 
