@@ -29,9 +29,17 @@ def pins(root: Path) -> dict[str, str]:
     return {canonicalize_name(name): number for name, number in pairs}
 
 
-def declared(project: dict[str, Any], *, dev: bool) -> dict[str, Requirement]:
-    lines = project["optional-dependencies"]["dev"] if dev else project["dependencies"]
+def requirements(lines: list[str]) -> dict[str, Requirement]:
     return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+
+
+def declared(project: dict[str, Any], *, dev: bool) -> dict[str, Requirement]:
+    return requirements(project["optional-dependencies"]["dev"] if dev else project["dependencies"])
+
+
+def extras(project: dict[str, Any]) -> dict[str, Requirement]:
+    lists = {name: lines for name, lines in project["optional-dependencies"].items() if name != "dev"}
+    return requirements([line for lines in lists.values() for line in lines])
 
 
 def imported(files: list[Path]) -> set[str]:
@@ -54,11 +62,11 @@ def test_no_installed_distribution_owns_our_names(rooms: tuple[str, ...]) -> Non
 def test_every_third_party_import_is_declared(
     project: dict[str, Any], sources: list[Path], rooms: tuple[str, ...]
 ) -> None:
-    allowed = {*declared(project, dev=False), *declared(project, dev=True), "packaging"}
+    allowed = {*declared(project, dev=False), *declared(project, dev=True), *extras(project), "packaging"}
     owners = packages_distributions()
     stray = {}
     for name in imported(sources) - set(rooms):
-        distributions = {canonicalize_name(d) for d in owners.get(name, [])}
+        distributions = {canonicalize_name(d) for d in owners.get(name, [name])}
         if not distributions & allowed:
             stray[name] = sorted(distributions)
     assert not stray
@@ -81,7 +89,8 @@ def test_every_runtime_dependency_is_imported(
     files += sorted(root.glob("*/**/*_pb2*.py"))
     files = [p for p in files if ".venv" not in p.parts]
     used = {canonicalize_name(d) for name in imported(files) for d in owners.get(name, [])}
-    assert not set(declared(project, dev=False)) - used - USED_BY_NAME
+    unused = set(declared(project, dev=False)) - used - USED_BY_NAME
+    assert not unused
 
 
 def test_every_dependency_is_pinned_inside_its_range(project: dict[str, Any], pins: dict[str, str]) -> None:
@@ -98,11 +107,16 @@ def test_every_installed_dependency_is_the_pinned_one(pins: dict[str, str], proj
 
 def test_dependency_page_lists_exactly_what_is_declared(project: dict[str, Any], root: Path) -> None:
     page = (root / "docs" / "dependencies.md").read_text()
-    for dev, heading in ((False, "## Runtime"), (True, "## Development")):
+    sections = {
+        "## Runtime": declared(project, dev=False),
+        "## Development": declared(project, dev=True),
+        "## Extras": extras(project),
+    }
+    for heading, names in sections.items():
         section = page.split(heading, 1)[1].split("\n## ", 1)[0]
         rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", section, re.M)
         assert [name for name, why in rows if len(why) < 10] == []
-        assert sorted(canonicalize_name(n) for n, _ in rows) == sorted(declared(project, dev=dev))
+        assert sorted(canonicalize_name(n) for n, _ in rows) == sorted(names)
 
 
 def proto_files(root: Path, rooms: tuple[str, ...]) -> list[Path]:
@@ -134,7 +148,7 @@ def test_committed_grpc_code_is_what_the_proto_files_say(
 def test_dependency_floors_allow_the_generated_code(
     root: Path, rooms: tuple[str, ...], project: dict[str, Any]
 ) -> None:
-    requirements = declared(project, dev=False)
+    runtime = declared(project, dev=False)
     for proto in proto_files(root, rooms):
         messages = (root / proto).with_name(f"{proto.stem}_pb2.py").read_text()
         numbers = re.search(r"Protobuf Python Version: ([\d.]+)", messages)
@@ -142,8 +156,8 @@ def test_dependency_floors_allow_the_generated_code(
         grpc = re.search(r"GRPC_GENERATED_VERSION = '([\d.]+)'", services)
         assert numbers
         assert grpc
-        assert not requirements["protobuf"].specifier.contains(below(numbers[1])), numbers[1]
-        assert not requirements["grpcio"].specifier.contains(below(grpc[1])), grpc[1]
+        assert not runtime["protobuf"].specifier.contains(below(numbers[1])), numbers[1]
+        assert not runtime["grpcio"].specifier.contains(below(grpc[1])), grpc[1]
 
 
 def below(number: str) -> str:
