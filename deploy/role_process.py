@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ SLICE_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
 
 
-class _Reporter:
-    """Writes this role's status file."""
+class Reporter:
+    """Holds this role's newest record and hands each one to `keep`."""
 
-    def __init__(self, spec: RoleSpec) -> None:
-        self._path = Path(spec.run_dir) / "status" / f"{spec.key}.json"
+    def __init__(self, spec: RoleSpec, keep: Callable[[dict[str, Any]], None]) -> None:
+        self._keep = keep
         self._base: dict[str, Any] = {
             "role": spec.role, "index": spec.index, "incarnation": spec.incarnation, "pid": os.getpid(),
         }  # fmt: skip
@@ -41,8 +42,7 @@ class _Reporter:
         self._base |= fields
 
     def write(self, state: str, **fields: Any) -> None:
-        record = {**self._base, "state": state, "time": time.time(), "payload": self.payload, **fields}
-        write_atomic(self._path, json.dumps(record, default=float))
+        self._keep({**self._base, "state": state, "time": time.time(), "payload": self.payload, **fields})
 
 
 def _die_with_parent(parent: int) -> None:
@@ -60,9 +60,8 @@ def _die_with_parent(parent: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def run(spec: RoleSpec, stop: threading.Event) -> int:
-    """Start, work in slices until `stop`, stop. Returns the exit code."""
-    reporter = _Reporter(spec)
+def run(spec: RoleSpec, stop: threading.Event, reporter: Reporter) -> int:
+    """Start, work in slices until `stop`, stop. Returns the exit code; raises nothing."""
     reporter.write("starting")
     try:
         role: Role = make_role(spec)
@@ -93,7 +92,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     spec = RoleSpec.from_json(sys.stdin.read())
     _die_with_parent(parent)
-    code = run(spec, stop)
+    path = Path(spec.run_dir) / "status" / f"{spec.key}.json"
+    reporter = Reporter(spec, lambda record: write_atomic(path, json.dumps(record, default=float)))
+    code = run(spec, stop, reporter)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # native pools (envpool, gRPC) need no teardown and may hang in it
