@@ -53,7 +53,7 @@ class Actor:
     """Collects experience with `env` and `policy`.
 
     Rows are kept until acknowledged; while an append waits (limiter, dead shard) no new rows are made,
-    so at most `chunk_rows` rows per environment are ever unacknowledged. Until the first weights come
+    so at most `chunk_rows` + 1 rows per environment are ever unacknowledged. Until the first weights come
     the actor plays at random (version 0), or waits when `wait_for_policy`.
     """
 
@@ -137,9 +137,7 @@ class Actor:
                 self._append(min(self._append_timeout, max(until - self._clock(), 0.01)), slice_)
                 continue
             self._take(next(self._loop), slice_)
-            if self._staging.full or (
-                self._staging.rows and self._clock() - self._flushed >= self._chunk_seconds
-            ):
+            if self._staging.full or (self._clock() - self._flushed >= self._chunk_seconds):
                 self._flush()
         return self._report(slice_, self._clock() - begin)
 
@@ -151,7 +149,7 @@ class Actor:
             if self._unacknowledged:
                 self._append(self._append_timeout, slice_)
             if not self._unacknowledged and self._staging.rows:
-                self._flush()
+                self._flush(everything=True)
                 self._append(self._append_timeout, slice_)
         finally:
             lost = self._unacknowledged_rows + self._staging.rows
@@ -171,9 +169,9 @@ class Actor:
         slice_.waits["env"] += rows.env_seconds
         slice_.waits["policy"] += rows.policy_seconds
 
-    def _flush(self) -> None:
-        self._unacknowledged_rows = self._staging.rows
-        self._unacknowledged = self._staging.flush()
+    def _flush(self, *, everything: bool = False) -> None:
+        self._unacknowledged = self._staging.flush(everything=everything)
+        self._unacknowledged_rows = sum(len(chunk) for chunk in self._unacknowledged)
         self._flushed = self._clock()
 
     def _append(self, timeout: float, slice_: _Slice) -> None:

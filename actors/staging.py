@@ -1,5 +1,7 @@
 """Gathers rows of many streams and cuts them into chunks. Between the environment loop and the replay writer.
 
+The newest row of an open episode is held back: should its environment break, that row becomes the
+episode's last (a time limit, not a terminal) and stores see whole episodes only.
 Rows are staged environment-major, so a stream's chunk is a slice and is never copied.
 Letters: N environments, n rows of one recv, T rows of one chunk.
 """
@@ -41,13 +43,14 @@ class Staging:
         self._streams = [StreamId(actor=actor, env=i) for i in range(num_envs)]
         self._incarnation = incarnation
         self._num_envs = num_envs
-        self._capacity = chunk_rows
+        self._capacity = chunk_rows + 1  # and the row held back
         self._specs = table.all
         self._extras = tuple(name for name, spec in table.overlay.items())
         self._floats = tuple(n for n, s in table.overlay.items() if np.dtype(s.dtype).kind == "f")
         self._episode = np.full(num_envs, -1, np.int32)  # [N]
         self._step = np.zeros(num_envs, np.int32)  # [N]
         self._fill = np.zeros(num_envs, np.intp)  # [N]
+        self._open = np.zeros(num_envs, np.bool_)  # [N], newest row was not is_last
         self._rows = self._fresh()  # each [N, T, ...]
         self.rows = 0
 
@@ -69,6 +72,10 @@ class Staging:
         step = rows.step
         ids = step.env_id
         assert (self._fill[ids] < self._capacity).all(), (self._fill, self._capacity)
+        if (abandoned := ids[step.is_first & self._open[ids]]).size:
+            self._rows["is_last"][abandoned, self._fill[abandoned] - 1] = True
+            self._rows["action"][abandoned, self._fill[abandoned] - 1] = 0
+        self._open[ids] = ~step.is_last
         self._episode[ids] += step.is_first
         self._step[ids] = np.where(step.is_first, 0, self._step[ids] + 1)
         at = self._fill[ids]
@@ -102,21 +109,26 @@ class Staging:
             )
         target[ids, at] = value
 
-    def flush(self) -> list[Chunk]:
-        """Cut one chunk per stream that has rows.
+    def flush(self, *, everything: bool = False) -> list[Chunk]:
+        """Cut one chunk per stream that has rows to give; `everything` includes those held back.
 
         Raises: DivergedError when a policy column holds NaN or infinity.
         """
         chunks: list[Chunk] = []
-        for env in np.flatnonzero(self._fill):
-            columns = {name: rows[env, : self._fill[env]] for name, rows in self._rows.items()}  # [T, ...]
+        held = np.zeros_like(self._open) if everything else self._open & (self._fill > 0)  # [N]
+        give = self._fill - held  # [N]
+        for env in np.flatnonzero(give):
+            columns = {name: rows[env, : give[env]] for name, rows in self._rows.items()}  # [T, ...]
             for name in self._floats:
                 if not np.isfinite(columns[name]).all():
                     raise DivergedError(
                         f"policy column {name!r} holds NaN or infinity; roll the learner back"
                     )
             chunks.append(Chunk(stream=self._streams[env], columns=columns))
-        self._rows = self._fresh()  # never reused: a writer may keep the chunks
-        self._fill[:] = 0
-        self.rows = 0
+        old, self._rows = self._rows, self._fresh()  # never reused: a writer may keep the chunks
+        keep = np.flatnonzero(held)
+        for name, rows in self._rows.items():
+            rows[keep, 0] = old[name][keep, give[keep]]
+        self._fill[:] = held
+        self.rows = len(keep)
         return chunks

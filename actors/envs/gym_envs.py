@@ -9,10 +9,12 @@ Letters: N environments, n rows of one call.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import logging
 import multiprocessing
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 Array = NDArray[Any]
 Vectorization = Literal["sync", "async"]
 SEEDS = 2**31
+CLOSE_SECONDS = 2.0
 DEFAULT_CONTEXT = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
@@ -234,13 +237,22 @@ class GymVectorEnv:
         return None if frames is None else np.asarray(frames[env_id], np.uint8)
 
     def close(self) -> None:
-        """Close, killing workers that may hang."""
-        if isinstance(self._vector, AsyncVectorEnv):
-            for process in self._vector.processes:
-                process.kill()
-            self._vector.close(terminate=True)
-        else:
+        """Close; workers that do not end within CLOSE_SECONDS are killed."""
+        if not isinstance(self._vector, AsyncVectorEnv):
             self._vector.close()
+            return
+        deadline = time.monotonic() + CLOSE_SECONDS
+        with contextlib.suppress(EnvFault):  # it may be closed because it hangs
+            if self._in_flight:
+                self._wait(CLOSE_SECONDS / 2)
+        for pipe in self._vector.parent_pipes:
+            with contextlib.suppress(OSError):  # a dead worker's pipe
+                if pipe is not None and not pipe.closed:
+                    pipe.send(("close", None))
+        for process in self._vector.processes:
+            process.join(max(deadline - time.monotonic(), 0))
+            process.kill()
+        self._vector.close(terminate=True)
 
 
 def autoreset_mode_of(name: str, vector: VectorEnv[Any, Any, Any]) -> AutoresetMode:
@@ -283,10 +295,12 @@ def vectorize(
     would be copied mid-flight). Only there can a hang or a segfault be survived.
     """
     makers: Sequence[Callable[[], Any]] = [partial(GuardedEnv, name, make, options)] * num_envs
-    if vectorization == "sync":
-        return SyncVectorEnv(makers, copy=False, autoreset_mode=autoreset)
     try:
+        if vectorization == "sync":
+            return SyncVectorEnv(makers, copy=False, autoreset_mode=autoreset)
         return AsyncVectorEnv(makers, copy=False, context=context, autoreset_mode=autoreset)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"gymnasium cannot make a vector of {name}: {error}") from error
     except (EOFError, ConnectionError) as error:
         raise EnvError(
             f"a worker process of {name} died while it started ({error!r}); if this is a script of yours, "
@@ -349,7 +363,7 @@ def make_single(
     limit = {} if time_limit is None else {"max_episode_steps": time_limit}
     try:
         env = gymnasium.make(env_id, disable_env_checker=True, **limit, **kwargs)
-    except (TypeError, ValueError, ImportError, gymnasium.error.Error) as error:
+    except Exception as error:  # a stranger's constructor: all we can do is name it
         raise ConfigError(f"gymnasium cannot make {env_id!r} with options {dict(kwargs)}: {error}") from error
     for wrapper in wrappers:
         env = _wrapper(wrapper)(env)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class ContainedEnv:
     """Rebuilds a vector environment that broke, within a budget.
 
-    After a rebuild every environment shows an is_first row; the rows of the open episodes simply end.
+    After a rebuild every environment shows an is_first row; actors.staging closes the open episodes.
     A fault before the first good row is not contained: that environment never worked.
     """
 
@@ -73,7 +73,10 @@ class ContainedEnv:
         """Build and start again until it works. Raises: EnvError when the budget is used up."""
         while True:
             reason: FaultReason = fault.reason if isinstance(fault, EnvFault) else "hang"
-            self._budget.spend(reason, str(fault))
+            try:
+                self._budget.spend(reason, str(fault))
+            except EnvError as error:
+                raise error from fault
             self._env.close()
             self._rebuilds += 1
             try:
