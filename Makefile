@@ -60,7 +60,7 @@ types: setup  ## pyright over all rooms
 	@$(BIN)/pyright $(ROOMS)
 
 proof: setup  ## learning proofs, up to an hour
-	@$(BIN)/python -m bench proof
+	@$(BIN)/python -m bench.proof
 
 bench: setup  ## every benchmark; rewrites the tables in docs/performance.md
 	@$(BIN)/python -m bench all
