@@ -14,13 +14,10 @@ asks and tells; the shards only ever see `insert_budget`, split among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from system.errors import ConfigError
-
-UNLIMITED = 1 << 62
-"""A grant no shard reaches."""
 
 
 class RateLimiter:
@@ -48,6 +45,7 @@ class RateLimiter:
         self.min_rows = min_rows
         self.inserted = 0
         self.live = 0
+        self.starts = 0
         self.trained = 0
         self._origin_inserted = 0.0
         self._origin_trained = 0
@@ -58,8 +56,8 @@ class RateLimiter:
         if self.tolerance_rows < needed:
             raise ConfigError(
                 f"tolerance_rows ({self.tolerance_rows}) must satisfy 2 * tolerance_rows - 1 >= batch rows / "
-                f"train_ratio ({rows} / {self.train_ratio:g}), or learner and actors would wait for each other; "
-                f"raise tolerance_rows to {needed} or more"
+                f"train_ratio ({rows} / {self.train_ratio:g}), or learner and actors would wait for each "
+                f"other; raise tolerance_rows to {needed} or more"
             )
 
     @property
@@ -78,25 +76,32 @@ class RateLimiter:
     def prefilled(self) -> bool:
         return self.inserted - self._origin_inserted >= self.prefill_rows
 
-    def observe(self, inserted: int, live: int) -> None:
-        """Take the shards' totals: lifetime rows inserted, and rows that can be sampled now."""
+    def observe(self, inserted: int, live: int, starts: int) -> None:
+        """Take the shards' totals: lifetime rows inserted, live rows, and legal starts among them."""
         self.inserted = inserted
         self.live = live
+        self.starts = starts
 
     def record(self, rows: int) -> None:
         """Count `rows` trained rows (batch * length, context excluded)."""
         self.trained += rows
 
     def can_train(self, rows: int) -> bool:
-        if self.live < self.min_rows or not self.prefilled:
+        if self.live < self.min_rows or not self.starts or not self.prefilled:
             return False
         return self.error - rows >= -self.train_ratio * self.tolerance_rows - 1e-6
 
     def insert_budget(self) -> int:
-        """Lifetime rows the shards together may reach. Never less than what min_rows still needs."""
+        """Lifetime rows the shards together may reach.
+
+        While training cannot begin for want of rows, whatever the ledger says, the prefill goes on.
+        """
         trained = (self.trained - self._origin_trained) / self.train_ratio
-        budget = self._origin_inserted + self.prefill_rows + self.tolerance_rows + trained
-        return max(math.floor(budget + 1e-6), self.inserted + self.min_rows - self.live)
+        budget = math.floor(self._origin_inserted + self.prefill_rows + self.tolerance_rows + trained + 1e-6)
+        needed = self.min_rows - self.live
+        if not self.starts:
+            needed = max(needed, self.tolerance_rows)
+        return max(budget, self.inserted + needed)
 
     def adjust(self, *, train_ratio: float | None = None, tolerance_rows: int | None = None) -> None:
         """Change the band while running. What is owed in inserted rows stays owed; the past is not recounted.
@@ -125,8 +130,8 @@ class RateLimiter:
             "origin_trained": self._origin_trained,
         }
 
-    def load(self, state: Mapping[str, Any], inserted: int, live: int) -> None:
-        """Take up a saved ledger beside the replay as it is now; the band is recomputed from this object's settings.
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved ledger beside the replay as last observed; the band follows this object's settings.
 
         Rows inserted after the save are owed as usual. When rows are missing (the replay or a shard of it
         was lost), the ledger is rebased so that what was owed then is owed now: a lost replay can
@@ -139,32 +144,11 @@ class RateLimiter:
         saved._origin_trained = int(state["origin_trained"])
         owed = saved.error / saved.train_ratio
         self.trained = saved.trained
-        self.observe(inserted, live)
         self._origin_inserted, self._origin_trained = saved._origin_inserted, saved._origin_trained
-        if live == 0:
-            self._origin_inserted, self._origin_trained = float(inserted), self.trained
-        elif inserted < saved.inserted:
+        same = (saved.train_ratio, saved.prefill_rows) == (self.train_ratio, self.prefill_rows)
+        if self.live == 0:
+            self._origin_inserted, self._origin_trained = float(self.inserted), self.trained
+        elif self.inserted < saved.inserted:
             self._rebase(min(max(owed, -self.tolerance_rows), self.tolerance_rows))
-        elif saved.prefilled and (saved.train_ratio, saved.prefill_rows) != (
-            self.train_ratio,
-            self.prefill_rows,
-        ):
-            self._rebase(owed + inserted - saved.inserted)
-
-
-def split_budget(
-    budget: int, inserted: Sequence[int], waiting: Sequence[int], alive: Sequence[bool]
-) -> list[int]:
-    """Lifetime rows each shard may reach, so that together they reach `budget` and no more.
-
-    What is free goes to the living shards with waiting appends, evenly; to all living ones when none
-    waits. So an idle or dead shard cannot hold back credit that another one needs. All lists are [K].
-    """
-    free = max(0, budget - sum(inserted))
-    takers = [k for k, up in enumerate(alive) if up and waiting[k] > 0] or [
-        k for k, up in enumerate(alive) if up
-    ]
-    grants = list(inserted)
-    for order, k in enumerate(takers):
-        grants[k] += free // len(takers) + (order < free % len(takers))
-    return grants
+        elif saved.prefilled and not same:
+            self._rebase(owed + self.inserted - saved.inserted)

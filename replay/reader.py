@@ -1,231 +1,225 @@
-"""The read side of a table on this node: maps the segments of all shards and copies rows out of them.
+"""The learner's side of replay on its node: when a batch may be drawn, and what that lets actors insert.
 
-Needs no shard process: it follows the directory and the mapped counters (`replay.catalog`), tolerates
-eviction under it, and writes overlay columns straight into the maps. `replay.sampler` decides what to read.
+A LocalReader owns the limiter. Shards insert as far as its grants allow, it trains as far as the ledger
+allows, and both sides wait with a deadline. `replay.view` knows what is where, `replay.sampler` draws.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from replay import layout
-from replay.admission import stream_key
-from replay.batches import BatchBuffer
-from replay.catalog import Catalog
-from replay.index import StartIndex, StreamRuns
-from replay.segment import Segment, allow_many_files
-from system.errors import SchemaError
-from system.experience import StreamId, WriteBack
+from replay.credits import REPEAT_SECONDS, GrantSplitter, GrantTaker
+from replay.limiter import RateLimiter
+from replay.rows import write_overlay
+from replay.sampler import Sampler
+from replay.view import TableView
+from system import experience
+from system.errors import ConfigError, DeadlineError
+from system.experience import WriteBack
+from system.metrics import Metrics
 from system.specs import TableSpec
 
-log = logging.getLogger(__name__)
+GRANT_SECONDS = 0.02
+POLL_SECONDS = 0.001
 
 
-class MappedSegment:
-    """A segment as its reader sees it: flat views [S * T, ...] in column order, and the rows known so far."""
-
-    def __init__(self, segment: Segment, names: tuple[str, ...]) -> None:
-        self.segment = segment
-        arrays = {**segment.columns, **segment.overlay}
-        flat = {name: a.reshape(-1, *a.shape[2:]) for name, a in arrays.items()}
-        self.flat: list[NDArray[Any]] = [flat[name] for name in names]
-        self.overlay = {name: flat[name] for name in segment.overlay}
-        slots = segment.geometry.slots
-        self.known = np.zeros(slots, np.int64)  # [S] rows of each slot the index has
-        self.runs: list[StreamRuns[MappedSegment] | None] = [None] * slots
-        self.starts = [0] * slots
-
-
-class _MappedShard:
-    """One shard directory: its catalog and the segments mapped from it."""
-
-    def __init__(self, directory: Path, index: int) -> None:
-        self.directory = directory
-        self.index = index
-        self.catalog = Catalog(directory, writable=False)
-        self.generation = -1
-        self.segments: dict[str, MappedSegment] = {}  # by directory name, oldest first
-        self.growing: list[MappedSegment] = []  # those with a slot that is not full
-
-
-class TableReader:
-    """All live rows of a table, as `index` (StartIndex over positions) plus the copies out of the maps."""
-
-    def __init__(self, root: Path, table: TableSpec, length: int) -> None:
-        """Follow the table at `root` for sequences of `length` rows.
-
-        Raises: SchemaError, IntegrityError or PreflightError as `layout.open_table`.
-        """
-        layout.open_table(root, table)
-        allow_many_files()
-        self.root = root
-        self.table = table
-        self.names = tuple(table.all)
-        self.index: StartIndex[MappedSegment] = StartIndex(length)
-        self._shards: dict[int, _MappedShard] = {}
-        self._root_mtime = -1
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Learn of new shards, segments and rows; forget evicted ones. Microseconds when nothing changed.
-
-        Raises: IntegrityError when a segment is damaged.
-        """
-        mtime = self.root.stat().st_mtime_ns
-        if mtime != self._root_mtime:
-            complete = True
-            for index in layout.shard_indices(self.root):
-                if index not in self._shards:
-                    try:
-                        self._shards[index] = _MappedShard(layout.shard_dir(self.root, index), index)
-                    except FileNotFoundError:  # being made right now
-                        complete = False
-            self._root_mtime = mtime if complete else -1
-        for shard in self._shards.values():
-            generation = shard.catalog["generation"]
-            if generation != shard.generation and self._list_segments(shard):
-                shard.generation = generation
-            for mapped in shard.growing:
-                self._read_counters(shard, mapped)
-
-    @property
-    def shards(self) -> int:
-        """Shards found so far."""
-        return len(self._shards)
-
-    def release(self) -> None:
-        """Let go of all maps."""
-        self._shards.clear()
-        self.index = StartIndex(self.index.length)
-        self._root_mtime = -1
-
-    def inserted(self, shards: int) -> list[int]:
-        """Lifetime rows of shards 0 .. shards - 1, 0 where there is none yet; followed by all others'."""
-        return self._words("inserted", shards)
-
-    def waiting(self, shards: int) -> list[int]:
-        """Rows that appends hold back for want of credit, as `inserted`."""
-        return self._words("waiting", shards)
-
-    def _words(self, word: str, shards: int) -> list[int]:
-        here = {index: shard.catalog[word] for index, shard in self._shards.items()}
-        first = [here.pop(index, 0) for index in range(shards)]
-        return first + [here[index] for index in sorted(here)]
-
-    def capacities(self) -> list[tuple[int, int]]:
-        """(capacity, segment) rows of every shard that has said so."""
-        found: list[tuple[int, int]] = []
-        for shard in self._shards.values():
-            about = layout.read_json(shard.directory / "shard.json")
-            if about is not None:
-                found.append((int(about["capacity_rows"]), int(about["slots"]) * int(about["rows"])))
-        return found
-
-    # ---- following the writers --------------------------------------------------------------------
-
-    def _list_segments(self, shard: _MappedShard) -> bool:
-        """Map what is new, drop what is gone; False when the listing was overtaken and must be repeated."""
-        paths = {path.name: path for path in layout.segment_paths(shard.directory).values()}
-        settled = True
-        for name in [name for name in shard.segments if name not in paths]:
-            self.index.drop(shard.segments.pop(name))
-        for name, path in paths.items():
-            if name in shard.segments:
-                continue
-            try:
-                segment = Segment.open(path, self.table)
-            except FileNotFoundError:  # evicted between listing and opening
-                settled = False
-                continue
-            shard.segments[name] = MappedSegment(segment, self.names)
-        shard.growing = [m for m in shard.segments.values() if (m.known < m.segment.geometry.rows).any()]
-        return settled
-
-    def _read_counters(self, shard: _MappedShard, mapped: MappedSegment) -> None:
-        now = mapped.segment.committed.copy()  # one load of the counters; rows behind it are complete
-        changed = np.flatnonzero(now != mapped.known)
-        if not len(changed):
-            return
-        for slot in changed.tolist():
-            runs = mapped.runs[slot]
-            if runs is None:
-                runs = self._new_run(shard, mapped, slot)
-            runs.hi = max(runs.hi, mapped.starts[slot] + int(now[slot]))
-        mapped.known = now
-        self.index.touch()
-        if (now == mapped.segment.geometry.rows).all():
-            shard.growing = [other for other in shard.growing if other is not mapped]
-
-    def _new_run(self, shard: _MappedShard, mapped: MappedSegment, slot: int) -> StreamRuns[MappedSegment]:
-        actor, env, start = mapped.segment.slots[slot].tolist()
-        runs = self.index.stream(shard.index, stream_key(StreamId(actor=actor, env=env)))
-        runs.add(start, mapped, slot * mapped.segment.geometry.rows)
-        mapped.runs[slot], mapped.starts[slot] = runs, start
-        return runs
-
-    # ---- rows -------------------------------------------------------------------------------------
-
-    def copy(self, buffer: BatchBuffer, row: int, runs: StreamRuns[MappedSegment], position: int) -> None:
-        """Copy `index.length` rows of a stream into sequence `row` of `buffer`, one slice per column."""
-        at = 0
-        targets = buffer.sequences[row]
-        for piece in runs.pieces(position, self.index.length):
-            first, last = piece.first, piece.first + piece.count
-            if piece.count == self.index.length:
-                for target, source in zip(targets, piece.home.flat, strict=True):
-                    target[:] = source[first:last]
-                return
-            for target, source in zip(targets, piece.home.flat, strict=True):
-                target[at : at + piece.count] = source[first:last]
-            at += piece.count
-
-    def write_back(self, back: WriteBack) -> tuple[int, int]:
-        """Overwrite overlay rows; return (rows written, rows dropped because they were evicted).
-
-        Raises: SchemaError for columns that are no overlay or have another shape or dtype.
-        """
-        batch, count = check_write_back(self.table, back)
-        written = 0
-        for b in range(batch):
-            runs = self.index.streams.get((int(back.ids.shard[b]), int(back.ids.stream[b])))
-            if runs is None:
-                continue
-            begin = int(back.ids.start[b]) + back.offset
-            first, last = max(begin, runs.lo), min(begin + count, runs.hi)
-            if first >= last:
-                continue
-            at = first - begin
-            for piece in runs.pieces(first, last - first):
-                for name, values in back.columns.items():
-                    piece.home.overlay[name][piece.first : piece.first + piece.count] = values[
-                        b, at : at + piece.count
-                    ]
-                at += piece.count
-            written += last - first
-        return written, batch * count - written
-
-
-def check_write_back(table: TableSpec, back: WriteBack) -> tuple[int, int]:
-    """Return (B, L) of valid overlay columns [B, L, ...]. Raises: SchemaError otherwise."""
-    columns: Mapping[str, NDArray[Any]] = back.columns
-    if unknown := sorted(columns.keys() - table.overlay.keys()):
-        raise SchemaError(
-            f"write-back of {unknown} must name overlay columns {sorted(table.overlay)}; all others "
-            "are immutable"
+def check_batch(batch: int, length: int, context: int, ring: int) -> None:
+    """Raises: ConfigError for a batch that is none."""
+    if batch < 1 or length < 1 or context < 0 or ring < 1:
+        raise ConfigError(
+            f"batch ({batch}), length ({length}) and ring ({ring}) must be >= 1, context ({context}) >= 0"
         )
-    batch, count = len(back.ids.start), 0
-    for name, values in columns.items():
-        spec = table.overlay[name]
-        count = count or (values.shape[1] if values.ndim > 1 else 0)
-        if values.dtype != spec.dtype or values.shape != (batch, count, *spec.shape):
-            raise SchemaError(
-                f"write-back column {name} is {values.dtype}{list(values.shape)}, must be "
-                f"{spec.dtype}{[batch, count, *spec.shape]}; cast and reshape it first"
+
+
+def check_fits(capacity_rows: int, segment_rows: int, time: int) -> None:
+    """Check that a shard can hold a sequence of `time` rows (context included) while it evicts.
+
+    Raises: ConfigError otherwise.
+    """
+    sure = capacity_rows - segment_rows
+    if time > sure:
+        raise ConfigError(
+            f"sequence length with context ({time}) must be <= capacity_rows - segment_rows of each shard "
+            f"({capacity_rows} - {segment_rows} = {sure}); shorten the sequences or raise the replay capacity"
+        )
+
+
+def why_waiting(limiter: RateLimiter, *, streams: int, longest: int, time: int, waiting: int) -> str:
+    """Who waits for whom, in one sentence for a DeadlineError."""
+    if limiter.live < limiter.min_rows or not limiter.prefilled:
+        cause = (
+            f"the prefill ({limiter.live} live rows of {limiter.min_rows}, "
+            f"{limiter.inserted} inserted of {limiter.prefill_rows})"
+        )
+    elif not limiter.starts:
+        cause = (
+            f"a stream with {time} consecutive live rows (the longest of {streams} has {longest}; "
+            "raise the capacity when that does not grow)"
+        )
+    else:
+        cause = (
+            f"new rows (train ratio {limiter.held_ratio:.2f} of {limiter.train_ratio:g}, "
+            f"{-limiter.error:.0f} trained rows ahead)"
+        )
+    return (
+        f"the learner waits for {cause}; appends hold back {waiting} rows, {limiter.inserted} of "
+        f"{limiter.insert_budget()} allowed rows inserted. Check that actors run and reach their shards"
+    )
+
+
+class LocalReader:
+    """ReplayReader over the shards of this node. `controls[k]` reaches shard k."""
+
+    def __init__(
+        self,
+        root: Path,
+        table: TableSpec,
+        *,
+        batch: int,
+        length: int,
+        context: int,
+        seed: int,
+        limiter: RateLimiter,
+        controls: Sequence[GrantTaker],
+        ring: int = 3,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Sample `batch` sequences of context + length rows; the `ring`-th draw after a batch overwrites it.
+
+        Raises: ConfigError when the limiter could deadlock with this batch or a shard is too small for it;
+        SchemaError, IntegrityError, PreflightError as `layout.open_table`.
+        """
+        check_batch(batch, length, context, ring)
+        limiter.check_update(batch * length)
+        self.limiter = limiter
+        self.dropped_write_backs = 0
+        self._update_rows = batch * length
+        self._time = context + length
+        self._view = TableView(root, table, self._time)
+        self._sampler = Sampler(
+            table.all, batch=batch, time=self._time, context=context, ring=ring, seed=seed
+        )
+        self._grants = GrantSplitter(controls)
+        self._next_grant = self._next_repeat = 0.0
+        self._checked_shards = 0
+        self._metrics = metrics
+        self._observe()
+
+    def sample(self, timeout: float) -> experience.Sequence:
+        """One batch as soon as the limiter allows. Raises: DeadlineError saying who waits for whom."""
+        begin = now = time.monotonic()
+        self._observe()
+        while not self.limiter.can_train(self._update_rows):
+            now = time.monotonic()
+            if now - begin >= timeout:
+                self._waited(now - begin)
+                raise DeadlineError(f"no batch for {now - begin:.1f} s: {self._why_waiting()}")
+            self._grant_if_due(now)
+            time.sleep(min(POLL_SECONDS, timeout))
+            self._observe()
+        if now > begin:
+            self._waited(now - begin)
+        started = time.monotonic()
+        sequence = self._sampler.draw(self._view.index)
+        self.limiter.record(self._update_rows)
+        now = time.monotonic()
+        self._grant_if_due(now)
+        if self._metrics is not None:
+            self._metrics["learner_sample_seconds"].observe(now - started)
+            self._metrics["learner_train_ratio"].set(self.limiter.held_ratio)
+            self._metrics["learner_train_ratio_target"].set(self.limiter.train_ratio)
+        return sequence
+
+    def pump(self) -> None:
+        """Send grants without sampling; call it while the learner is busy with something else."""
+        self._observe()
+        self._grant_if_due(time.monotonic())
+
+    def write_back(self, rows: WriteBack) -> int:
+        """Overwrite overlay columns of sampled rows; rows evicted meanwhile are dropped and counted.
+
+        Returns the rows written. Raises: SchemaError for other columns, shapes or dtypes.
+        """
+        self._view.refresh()
+        written, dropped = write_overlay(self._view.table, self._view.index, rows)
+        self.dropped_write_backs += dropped
+        if self._metrics is not None:
+            self._metrics.labels("learner_write_back_rows_total", outcome="written").inc(written)
+            self._metrics.labels("learner_write_back_rows_total", outcome="evicted").inc(dropped)
+        return written
+
+    def counts(self) -> tuple[int, int]:
+        """(lifetime rows inserted, live rows) over all shards."""
+        self._observe()
+        return self.limiter.inserted, self.limiter.live
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs for the same batches to follow, as JSON values."""
+        self._observe()
+        return {
+            "limiter": self.limiter.state(),
+            "rng": self._sampler.state(),
+            "inserted": self._view.inserted(self._grants.size),  # by shard
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state beside the replay as it is now (see `RateLimiter.load`)."""
+        self._observe()
+        self.limiter.load(state["limiter"])
+        self._sampler.load(state["rng"])
+        self._grants.forget()
+
+    def close(self) -> None:
+        """Let go of the maps; batches handed out stay readable while they are referenced."""
+        self._view.release()
+
+    # ---- inside -----------------------------------------------------------------------------------
+
+    def _observe(self) -> None:
+        self._view.refresh()
+        if self._view.shards != self._checked_shards:
+            self._check_capacity()
+        index = self._view.index
+        self.limiter.observe(sum(self._view.inserted(self._grants.size)), index.rows, index.total)
+
+    def _check_capacity(self) -> None:
+        found = self._view.capacities()
+        for capacity_rows, segment_rows in found:
+            check_fits(capacity_rows, segment_rows, self._time)
+        total = sum(capacity for capacity, _ in found)
+        if len(found) >= max(1, self._grants.size) and self.limiter.min_rows > total:
+            raise ConfigError(
+                f"min_rows ({self.limiter.min_rows}) must be <= the replay capacity of all shards ({total}); "
+                "lower min_rows or raise the capacity"
             )
-    return batch, count
+        self._checked_shards = len(found)
+
+    def _grant_if_due(self, now: float) -> None:
+        if now < self._next_grant:
+            return
+        self._next_grant = now + GRANT_SECONDS
+        if now >= self._next_repeat:  # a restarted shard has forgotten what it was granted
+            self._next_repeat = now + REPEAT_SECONDS
+            self._grants.forget()
+        shards, budget = self._grants.size, self.limiter.insert_budget()
+        self._grants.send(budget, self._view.inserted(shards), self._view.waiting(shards), now)
+
+    def _waited(self, seconds: float) -> None:
+        if self._metrics is not None:
+            self._metrics["learner_sample_wait_seconds_total"].inc(seconds)
+
+    def _why_waiting(self) -> str:
+        index = self._view.index
+        return (
+            why_waiting(
+                self.limiter,
+                streams=len(index.streams),
+                longest=index.longest,
+                time=self._time,
+                waiting=sum(self._view.waiting(self._grants.size)),
+            )
+            + f"; {self._grants.failures} grants failed"
+        )

@@ -56,15 +56,15 @@ class Geometry:
 
 
 def choose_geometry(row_nbytes: int, capacity_rows: int, segment_rows: int | None = None) -> Geometry:
-    """Slots and rows of a segment near 128 MiB, never more than an eighth of the capacity.
+    """Slots and rows of a segment near 128 MiB, within an eighth of the capacity but >= 64 rows.
 
     `segment_rows` fixes the rows of a whole segment instead.
-    Raises: ConfigError when the capacity is below eight segments of 64 rows or segment_rows is no
+    Raises: ConfigError when the capacity is below two segments of 64 rows or segment_rows is no
     multiple of 64 within half the capacity.
     """
-    if capacity_rows < 8 * CHUNK_ROWS:
+    if capacity_rows < 2 * CHUNK_ROWS:
         raise ConfigError(
-            f"replay capacity of one shard ({capacity_rows} rows) must be >= {8 * CHUNK_ROWS}; raise it"
+            f"replay capacity of one shard ({capacity_rows} rows) must be >= {2 * CHUNK_ROWS}; raise it"
         )
     total = segment_rows
     if total is None:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from replay import layout
 from replay.admission import check_chunk, rows_known, stream_key
-from replay.limiter import UNLIMITED
+from replay.credits import UNLIMITED
 from replay.log import SegmentLog
 from replay.segment import SegmentFormat, allow_many_files, choose_geometry
 from system.errors import DeadlineError, PreflightError, RejectedError
@@ -119,7 +119,7 @@ class ReplayShard:
                 check_chunk(self.table, chunk)
                 new = self._append_chunk(chunk, deadline)
             except RejectedError as error:
-                self._count_rejected(chunk, error)
+                self.count_rejected(_rows_of(chunk), error)
                 raise
             stored += new
             dropped += len(chunk) - new
@@ -241,18 +241,13 @@ class ReplayShard:
 
     # ---- counters ---------------------------------------------------------------------------------
 
-    def _count_rejected(self, chunk: Chunk, error: RejectedError) -> None:
-        try:
-            rows = len(chunk)
-        except (KeyError, TypeError):
-            rows = 1
+    def count_rejected(self, rows: int, error: RejectedError) -> None:
+        """Count rows that were refused; the service counts here what it could not even decode."""
         with self._changed:
             self._rejected += rows
         if self._metrics is not None:
             self._metrics.labels("replay_rows_rejected_total", reason=error.reason).inc(rows)
-        log.warning(
-            "rows rejected", extra={"shard": self.index, "reason": error.reason, "stream": str(chunk.stream)}
-        )
+        log.warning("rows rejected", extra={"shard": self.index, "reason": error.reason, "why": str(error)})
 
     def _count(self, name: str, amount: float) -> None:
         if self._metrics is not None and amount:
@@ -267,3 +262,9 @@ class ReplayShard:
         self._metrics["replay_rows"].set(self._log.rows)
         self._metrics["replay_bytes"].set(self._log.nbytes)
         self._metrics["replay_segments"].set(self._log.segments)
+
+
+def _rows_of(chunk: Chunk) -> int:
+    """Rows of a chunk that may be malformed."""
+    reward = chunk.columns.get("reward")
+    return int(reward.shape[0]) if reward is not None and reward.ndim else 1

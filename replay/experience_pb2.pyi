@@ -1,0 +1,96 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class AppendRequest(_message.Message):
+    __slots__ = ("schema", "chunks")
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    schema: str
+    chunks: _containers.RepeatedCompositeFieldContainer[RowChunk]
+    def __init__(self, schema: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[RowChunk, _Mapping]]] = ...) -> None: ...
+
+class RowChunk(_message.Message):
+    __slots__ = ("actor", "env", "rows", "columns")
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    ENV_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    actor: int
+    env: int
+    rows: int
+    columns: _containers.RepeatedCompositeFieldContainer[Column]
+    def __init__(self, actor: _Optional[int] = ..., env: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[_Iterable[_Union[Column, _Mapping]]] = ...) -> None: ...
+
+class Column(_message.Message):
+    __slots__ = ("name", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class AppendReply(_message.Message):
+    __slots__ = ("committed", "duplicates")
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATES_FIELD_NUMBER: _ClassVar[int]
+    committed: int
+    duplicates: int
+    def __init__(self, committed: _Optional[int] = ..., duplicates: _Optional[int] = ...) -> None: ...
+
+class GrantRequest(_message.Message):
+    __slots__ = ("max_inserted",)
+    MAX_INSERTED_FIELD_NUMBER: _ClassVar[int]
+    max_inserted: int
+    def __init__(self, max_inserted: _Optional[int] = ...) -> None: ...
+
+class GrantReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatsReply(_message.Message):
+    __slots__ = ("index", "inserted", "rows", "nbytes", "segments", "streams", "duplicates", "rejected", "evicted", "waiting", "granted", "wait_seconds", "epoch", "incarnations")
+    class IncarnationsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: int
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[int] = ...) -> None: ...
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    INSERTED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATES_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    inserted: int
+    rows: int
+    nbytes: int
+    segments: int
+    streams: int
+    duplicates: int
+    rejected: int
+    evicted: int
+    waiting: int
+    granted: int
+    wait_seconds: float
+    epoch: int
+    incarnations: _containers.ScalarMap[int, int]
+    def __init__(self, index: _Optional[int] = ..., inserted: _Optional[int] = ..., rows: _Optional[int] = ..., nbytes: _Optional[int] = ..., segments: _Optional[int] = ..., streams: _Optional[int] = ..., duplicates: _Optional[int] = ..., rejected: _Optional[int] = ..., evicted: _Optional[int] = ..., waiting: _Optional[int] = ..., granted: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., epoch: _Optional[int] = ..., incarnations: _Optional[_Mapping[int, int]] = ...) -> None: ...

@@ -1,0 +1,132 @@
+"""A replay shard on the wire: the gRPC service of `experience.proto` around a plain ReplayShard.
+
+A waiting append holds a worker thread, so only some of the workers take appends: grants, which end
+the waiting, always find a free one. What arrives is judged by the shard; here only its bytes are.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import grpc
+
+from replay.experience_pb2 import (
+    AppendReply,
+    AppendRequest,
+    GrantReply,
+    GrantRequest,
+    StatsReply,
+    StatsRequest,
+)
+from replay.experience_pb2_grpc import ReplayServiceServicer, add_ReplayServiceServicer_to_server
+from replay.messages import from_message
+from replay.shard import ReplayShard
+from system.errors import DeadlineError, PreflightError, RejectedError
+from system.wire import OPEN, Security, abort_call, bind_server, require_deadline, role_of
+
+log = logging.getLogger(__name__)
+
+APPEND_ROLES = frozenset(("actor",))
+CONTROL_ROLES = frozenset(("learner", "driver"))
+LONGEST_SECONDS = 600.0
+MARGIN_SECONDS = 0.2
+"""An append gives up this long before its caller does, so that the caller learns why."""
+
+
+class ReplayServicer(ReplayServiceServicer):
+    """Answers calls for one shard; `append_slots` appends at a time, the rest are told to come again."""
+
+    def __init__(self, shard: ReplayShard, append_slots: int) -> None:
+        self._shard = shard
+        self._slots = threading.BoundedSemaphore(append_slots)
+
+    def Append(self, request_iterator: Iterator[AppendRequest], context: grpc.ServicerContext) -> AppendReply:
+        try:
+            require_deadline(context, LONGEST_SECONDS)
+            self._require(context, APPEND_ROLES, "append rows")
+        except RejectedError as error:
+            self._refuse(context, error)
+        if not self._slots.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "all append slots are taken; try again shortly")
+        try:
+            return self._append(request_iterator, context)
+        except RejectedError as error:
+            self._refuse(context, error)
+        except DeadlineError as error:
+            context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error)[:2000])
+        except PreflightError as error:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)[:2000])
+        finally:
+            self._slots.release()
+        raise AssertionError("abort returns by raising")
+
+    def Grant(self, request: GrantRequest, context: grpc.ServicerContext) -> GrantReply:
+        try:
+            self._require(context, CONTROL_ROLES, "grant credit")
+        except RejectedError as error:
+            self._refuse(context, error)
+        self._shard.grant(request.max_inserted)
+        return GrantReply()
+
+    def Stats(self, request: StatsRequest, context: grpc.ServicerContext) -> StatsReply:
+        try:
+            self._require(context, CONTROL_ROLES, "read statistics")
+        except RejectedError as error:
+            self._refuse(context, error)
+        stats = self._shard.stats()
+        values: dict[str, Any] = {name: getattr(stats, name) for name in StatsReply.DESCRIPTOR.fields_by_name}
+        return StatsReply(**values)
+
+    def _append(self, requests: Iterator[AppendRequest], context: grpc.ServicerContext) -> AppendReply:
+        deadline = time.monotonic() + (context.time_remaining() or 0.0) - MARGIN_SECONDS
+        committed = duplicates = 0
+        for request in requests:
+            try:
+                chunks = from_message(self._shard.table, request)
+            except RejectedError as error:
+                self._shard.count_rejected(sum(chunk.rows for chunk in request.chunks), error)
+                raise
+            ack = self._shard.append(chunks, deadline - time.monotonic())
+            committed += ack.committed
+            duplicates += ack.duplicates
+        return AppendReply(committed=committed, duplicates=duplicates)
+
+    def _require(self, context: grpc.ServicerContext, allowed: frozenset[str], what: str) -> None:
+        role = role_of(context)
+        if role not in allowed:
+            raise RejectedError("role", f"role {role!r:.70} may not {what}; only {sorted(allowed)} may")
+
+    def _refuse(self, context: grpc.ServicerContext, error: RejectedError) -> NoReturn:
+        log.warning("call refused", extra={"reason": error.reason, "peer": context.peer()})
+        abort_call(context, error)
+
+
+class ShardServer:
+    """A shard being served. Stopping it leaves the shard open: its owner closes it."""
+
+    def __init__(
+        self, shard: ReplayShard, address: str, *, security: Security = OPEN, workers: int = 32
+    ) -> None:
+        """Listen on host:port (port 0 picks one). Raises: ConfigError, PreflightError (port taken)."""
+        servicer = ReplayServicer(shard, append_slots=max(1, workers - 4))
+        self._server, self.port = bind_server(
+            lambda server: add_ReplayServiceServicer_to_server(servicer, server),
+            address,
+            security,
+            workers=workers,
+        )
+        self.address = f"{address.rsplit(':', 1)[0]}:{self.port}"
+        log.info("replay shard listens", extra={"shard": shard.index, "address": self.address})
+
+    def stop(self, grace: float = 0.5) -> None:
+        """Stop listening; calls under way get `grace` seconds."""
+        self._server.stop(grace).wait(grace + 5.0)
+
+
+def serve_shard(shard: ReplayShard, address: str, *, security: Security = OPEN) -> ShardServer:
+    """Serve `shard` on host:port until `ShardServer.stop`."""
+    return ShardServer(shard, address, security=security)
