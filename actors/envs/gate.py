@@ -61,6 +61,7 @@ class SendGate:
             raise EnvError(f"env_id {idle} wants no action now: answer each row once, and never is_last rows")
         self.owed[ids] = False
         if before - np.count_nonzero(self.owed) != n:
+            self.owed[ids] = True  # refused as a whole
             raise EnvError(f"env_id {ids.tolist()} has repeats; send exactly one action per environment")
         return action, ids.astype(np.int32, copy=False)
 

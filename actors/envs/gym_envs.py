@@ -252,7 +252,11 @@ class GymVectorEnv:
         for process in self._vector.processes:
             process.join(max(deadline - time.monotonic(), 0))
             process.kill()
-        self._vector.close(terminate=True)
+            process.join(CLOSE_SECONDS)
+        for pipe in self._vector.parent_pipes:
+            if pipe is not None:
+                pipe.close()
+        self._vector.closed = True  # its own close would wait for answers that never come
 
 
 def autoreset_mode_of(name: str, vector: VectorEnv[Any, Any, Any]) -> AutoresetMode:
