@@ -19,7 +19,9 @@ class LineWorld(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     def __init__(self, time_limit: int = 50) -> None:
         one = gymnasium.spaces.Box(-2.0, 2.0, (1,), np.float32)
-        self.observation_space = gymnasium.spaces.Dict({"state": gymnasium.spaces.Box(-2.0, 2.0, (2,)), "target": one})
+        self.observation_space = gymnasium.spaces.Dict(
+            {"state": gymnasium.spaces.Box(-2.0, 2.0, (2,)), "target": one}
+        )
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
         self._limit = time_limit
         self._state, self._target, self._steps = np.zeros(2), 0.0, 0
