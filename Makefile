@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## train CartPole through the whole system, a few minutes on 2 cores
 	@$(BIN)/dreamfleet train cartpole
 
-test: setup lint layers  ## lint, layers and all tests
+test: setup lint layers types  ## lint, layers, types and all tests
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q
 

@@ -73,3 +73,9 @@ def test_containers_run_the_pinned_ray(cluster: dict[str, Any], root: Path) -> N
         if "docker" in kind
     ]
     assert all(f":{pinned.removeprefix('ray==')}-py311" in image for image in images)
+
+
+def test_exactly_one_worker_type_takes_the_entry_point(cluster: dict[str, Any]) -> None:
+    kinds = {name: kind["resources"] for name, kind in cluster["available_node_types"].items()}
+    assert [name for name, resources in kinds.items() if "learner_node" in resources] == ["learner"]
+    assert cluster["available_node_types"]["learner"]["max_workers"] == 1
