@@ -109,9 +109,14 @@ def replay_reader(
         seed=child_seed(config.seed, "sampler"),
         limiter=rate_limiter(config),
         controls=[GrpcShardControl(address, security=security(config)) for address in shards],
-        ring=max(3, config.learner.prefetch + 2),
+        ring=reader_ring(config),
         metrics=metrics,
     )
+
+
+def reader_ring(config: RunConfig) -> int:
+    """Batches the reader keeps valid: those drawn ahead, one being drawn, one in use."""
+    return config.learner.prefetch + 2
 
 
 def policy(config: RunConfig, env_spec: EnvSpec, *seed_path: str | int) -> Policy:

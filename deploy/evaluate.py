@@ -117,6 +117,6 @@ def evaluate_run(path: Path, episodes: int, *, seed: int | None = None, mode: Mo
         std=float(np.std(report.returns)),
         random_mean=float(np.mean(chance.returns)),
         random_std=float(np.std(chance.returns)),
-        env_steps=int(state["reader"].get("inserted", 0)),
-        updates=int(state["counters"]["updates"]),
+        env_steps=int(state["reader"]["limiter"]["inserted"]),
+        updates=int(state["progress"]["updates"]),
     )

@@ -4,11 +4,24 @@ in slices. The only role that loads torch for training. Neighbours: `learner.loo
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from deploy import assemble
+from deploy.roles import RoleSpec
 from deploy.run_config import RunConfig
+from deploy.run_dir import RunDirectory
 from system.config import flatten
+from system.metrics import Metrics
 from system.specs import EnvSpec
+
+if TYPE_CHECKING:
+    from learner.loop import LearnerTick
+
+BATCH_SECONDS = 0.5
+"""Longest silence of the loop while no batch is due; the role reports in between."""
 
 
 def signature(config: RunConfig, env_spec: EnvSpec) -> dict[str, Any]:
@@ -17,8 +30,97 @@ def signature(config: RunConfig, env_spec: EnvSpec) -> dict[str, Any]:
 
     family = make_config(config.learner.family, config.learner.settings)
     env = env_spec.to_json()
-    return {
-        "family": config.learner.family,
-        **flatten(family, "settings."),
-        **flatten({"obs": env["obs"], "action": env["action"]}),
-    }
+    spaces = flatten({"obs": env["obs"], "action": env["action"]})
+    return {"family": config.learner.family, **flatten(family, "settings."), **spaces}
+
+
+class LearnerRole:
+    """Trains as fast as the limiter allows, publishes, checkpoints; one loop, advanced in slices."""
+
+    def __init__(self, spec: RoleSpec) -> None:
+        self._spec, self._config = spec, spec.run_config()
+        self.metrics = Metrics(self._config.name, "learner", spec.index)
+        self._stopping = False
+
+    def start(self) -> dict[str, Any]:
+        """Build everything and resume from the newest checkpoint that verifies, if there is one."""
+        import torch
+
+        from learner.batches import Batches
+        from learner.checkpoint import CheckpointStore
+        from learner.loop import learn_loop, resume
+        from learner.publish import Publisher
+        from system.params.client import GrpcWeightSink
+
+        spec, config = self._spec, self._config
+        torch.set_num_threads(config.learner.threads)
+        env_spec = EnvSpec.from_json(spec.env_spec)
+        agent = assemble.agent(config, env_spec)
+        self._reader = assemble.replay_reader(
+            config, env_spec, spec.run_dir, spec.shard_addresses, self.metrics
+        )
+        sink = GrpcWeightSink(spec.params_address, security=assemble.security(config))
+        publisher = Publisher(agent, sink, config.learner.publish_updates, metrics=self.metrics)
+        run_dir = RunDirectory(Path(spec.run_dir))
+        store = CheckpointStore(run_dir.checkpoints, config.learner.keep_checkpoints)
+        named = signature(config, env_spec)
+        progress = resume(store, agent, self._reader, publisher, named)
+        batches = Batches(
+            self._reader,
+            config.learner.prefetch,
+            BATCH_SECONDS,
+            ring=assemble.reader_ring(config),
+        )
+        self._loop: Iterator[LearnerTick] = learn_loop(
+            agent,
+            batches,
+            publisher,
+            store,
+            signature=named,
+            checkpoint_seconds=config.learner.checkpoint_seconds,
+            until=lambda: self._stopping,
+            progress=progress,
+            metrics=self.metrics,
+        )
+        return {"updates": progress.updates}
+
+    def work(self, seconds: float) -> dict[str, Any]:
+        """Advance the loop for about `seconds`, at least one tick."""
+        until = time.monotonic() + seconds
+        tick: LearnerTick | None = None
+        for tick in self._loop:
+            if tick.metrics:
+                self._newest = dict(tick.metrics)
+            if time.monotonic() >= until:
+                break
+        return self._status(tick)
+
+    _newest: dict[str, float] = {}  # noqa: RUF012 (replaced, never changed in place)
+
+    def _status(self, tick: LearnerTick | None) -> dict[str, Any]:
+        limiter = self._reader.limiter
+        out: dict[str, Any] = {
+            "owed_rows": limiter.error,
+            "inserted": limiter.inserted,
+            "train_ratio": limiter.held_ratio if limiter.prefilled else None,
+            "metrics": self._newest,
+        }
+        if tick is not None:
+            done = tick.progress
+            out |= {"updates": done.updates, "rows_trained": done.rows_trained, "nonfinite": done.nonfinite}
+            out |= {
+                "rollbacks": done.rollbacks,
+                "published": tick.version.counter,
+                "epoch": tick.version.epoch,
+            }
+            out |= {"update_seconds": tick.update_seconds, "waiting": tick.waiting}
+        return out
+
+    def stop(self) -> dict[str, Any]:
+        """End the loop: it publishes and checkpoints once more."""
+        self._stopping = True
+        tick: LearnerTick | None = None
+        for tick in self._loop:
+            pass
+        self._reader.close()
+        return self._status(tick)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from deploy.run_config import RunConfig
 from system.metrics import Metrics
 from system.specs import EnvSpec
 
+EPISODES_REPORTED = 256
+"""Newest episodes in each report; the driver reads more often than these turn over."""
 ROLE_NAMES = ("params", "shard", "learner", "actor")
 
 
@@ -116,6 +119,9 @@ class ActorRole:
     def __init__(self, spec: RoleSpec) -> None:
         self._spec, self._config = spec, spec.run_config()
         self.metrics = Metrics(self._config.name, "actor", spec.index)
+        self._totals: dict[str, int] = {}
+        self._episodes: deque[dict[str, float]] = deque(maxlen=EPISODES_REPORTED)
+        self._episodes_total = 0
 
     def start(self) -> dict[str, Any]:
         self._actor = assemble.actor(
@@ -130,11 +136,25 @@ class ActorRole:
         return {}
 
     def work(self, seconds: float) -> dict[str, Any]:
-        return asdict(self._actor.run(seconds))
+        report = self._actor.run(seconds)
+        self._episodes_total += len(report.episodes)
+        self._episodes.extend({"score": e.score, "length": e.length} for e in report.episodes)
+        for name, count in (("rows", report.rows), ("acknowledged", report.acknowledged)):
+            self._totals[name] = self._totals.get(name, 0) + count
+        return {
+            **self._totals,
+            "episodes_total": self._episodes_total,
+            "episodes": list(self._episodes),
+            "policy_version": report.policy_version.counter,
+            "policy_lag": report.lag,
+            "weights_age": report.weights_age,
+            "pending": report.pending,
+            "waits": dict(report.waits),
+            "restarts": dict(report.restarts),
+        }
 
     def stop(self) -> dict[str, Any]:
-        report = self._actor.close()
-        return asdict(report) if report is not None else {}
+        return {"lost": self._actor.close()}
 
 
 def make_role(spec: RoleSpec) -> Role:

@@ -7,6 +7,7 @@ below a constructor sees this model.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -62,13 +63,13 @@ class ReplayConfig(StrictConfig):
     prefill: int = Field(1024, ge=0)
     """Rows inserted before training starts."""
     tolerance: int | None = Field(None, ge=1)
-    """Rows that inserts may run ahead of training; none: eight batches."""
+    """Rows that inserts may run ahead of training or behind; none: two rounds of appends or four updates."""
 
 
 class LearnerConfig(StrictConfig):
     """The learning side."""
 
-    family: str = "dreamerv3"
+    family: str = "dreamer"
     """World-model family, a key of learner.catalog.FAMILIES."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the family; its own config model validates them."""
@@ -188,10 +189,9 @@ class RunConfig(StrictConfig):
 
     @property
     def tolerance(self) -> int:
-        """Trained rows by which inserts may run ahead: the limiter's band."""
-        return self.replay.tolerance or max(
-            8 * self.batch_rows, int(4 * self.replay.train_ratio * self.chunk_total)
-        )
+        """Rows that inserts may run ahead of training, and behind: two rounds of appends, four updates."""
+        updates = math.ceil(4 * self.batch_rows / self.replay.train_ratio)
+        return self.replay.tolerance or max(2 * self.chunk_total, updates)
 
     @property
     def chunk_total(self) -> int:

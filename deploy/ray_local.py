@@ -1,0 +1,91 @@
+"""Starting and ending a small local Ray for one run, or joining a cluster.
+
+Importing this module does not import Ray: `require_token` has to come first. Neighbours: `deploy.ray_fleet`,
+`deploy.ray_reaper`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from system.errors import InfrastructureError
+
+log = logging.getLogger(__name__)
+OBJECT_STORE_BYTES = 100 << 20
+"""No experience crosses Ray's object store; this is near its least size."""
+LONGEST_TEMPORARY = 24
+"""Ray puts sockets 80 characters deeper, and a socket's path must stay below 107."""
+
+
+def require_token() -> None:
+    """Make a local Ray started by this process refuse whoever lacks a fresh random token.
+
+    Ray's servers listen on every interface and run what they are told. Ray reads these variables once,
+    when it is imported, so afterwards this does nothing; a cluster's or user's own choice is left alone.
+    """
+    if "ray" not in sys.modules and not {"RAY_AUTH_MODE", "RAY_ADDRESS"} & os.environ.keys():
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def join_ray(address: str, **arguments: Any) -> None:
+    """ray.init that keeps our SIGTERM handler, which asks for a last checkpoint; Ray would replace it.
+
+    Raises: InfrastructureError when Ray does not start or answer.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise InfrastructureError(
+            f"Ray at {address!r} did not start or answer ({error}); check RAY_ADDRESS and the memory of this "
+            "machine, or use --backend local"
+        ) from error
+    if threading.current_thread() is threading.main_thread() and before is not None:
+        signal.signal(signal.SIGTERM, before)
+
+
+class LocalRay:
+    """A small Ray on this machine for one run; ends with this process, however that ends."""
+
+    def __init__(self) -> None:
+        if os.environ.get("RAY_AUTH_MODE") != "token":
+            log.warning("local Ray has no token, so any peer on the network may use it; RAY_AUTH_MODE=token")
+        base = tempfile.gettempdir()
+        self._directory = tempfile.mkdtemp(
+            prefix="dreamfleet-", dir=base if len(base) <= LONGEST_TEMPORARY else "/tmp"
+        )
+        join_ray(
+            "local",
+            num_cpus=1,  # prestarts one worker; roles of a local run book no CPU
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _temp_dir=self._directory,
+            _node_ip_address="127.0.0.1",
+        )
+        reaper = Path(__file__).with_name("ray_reaper.py")
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-P", str(reaper), str(os.getpid()), self._directory],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()
+        self._reaper.kill()
+        self._reaper.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
