@@ -1,4 +1,4 @@
-"""The door to the families: configs, agents and policies by name. Imports torch only when something is built."""
+"""The door to the families: configs, agents and policies by name. Imports torch only to build something."""
 
 from __future__ import annotations
 

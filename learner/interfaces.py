@@ -1,7 +1,7 @@
 """The contracts inside the learner: what a world model, a behavior and a training stage are.
 
 Families are written against these, so the update loop, the checkpoints and the evaluation know none of them.
-Row convention (`system.experience`): obs_t, the reward and flags received on arriving at obs_t, then action_t.
+Row convention (`system.experience`): obs_t, the reward and flags received on arriving at it, then action_t.
 Hence reward and continuation belong to the transition: `step(s_t, a_t)` returns them with s_{t+1}.
 
 Letters: B batch, T time, N imagined trajectories, H horizon.

@@ -1,7 +1,7 @@
 """Returns: lambda-returns over imagined and replayed rows, imagination weights, the return-range normaliser.
 
-Source: arXiv 2301.04104, "Critic learning" and "Actor learning". Rows follow `system.experience`: reward_t and
-live_t were received on arriving at t. Letters: N sequences, H steps.
+Source: arXiv 2301.04104, "Critic learning" and "Actor learning". Rows follow `system.experience`: reward_t
+and live_t were received on arriving at t. Letters: N sequences, H steps.
 """
 
 from __future__ import annotations

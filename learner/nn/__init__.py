@@ -1,1 +1,1 @@
-"""Neural building blocks that more than one family wants. Knows no family, no replay, no optimiser schedule."""
+"""Neural building blocks that more than one family wants. Knows no family and no replay."""

@@ -21,10 +21,10 @@ def unpack_float(bits: NDArray[np.uint16], device: torch.device) -> Tensor:
 
 
 def pack_one_hot(x: Tensor) -> NDArray[np.uint8]:
-    """One-hots [..., C <= 256] as class indices [...]."""
-    return x.detach().argmax(-1).to(torch.uint8).cpu().numpy()
+    """One-hots [..., C, S] with C <= 256 as class indices [..., S]."""
+    return x.detach().argmax(-2).to(torch.uint8).cpu().numpy()
 
 
 def unpack_one_hot(index: NDArray[np.uint8], classes: int, device: torch.device) -> Tensor:
-    """Class indices [...] as one-hots [..., C]. Indices beyond the classes are clipped."""
+    """Class indices [..., S] as one-hots [..., C, S]. Indices beyond the classes are clipped."""
     return one_hot(torch.from_numpy(np.minimum(index, classes - 1).astype(np.int64)).to(device), classes)

@@ -8,12 +8,13 @@ Letters: F feature width, N images, C channels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learner.nn.encoder import ImageGroup, channel_norm, flat_size, flatten, split_obs
+from learner.nn.encoder import ImageGroup, flat_size, flatten, norm_channels, split_obs
 from learner.nn.layers import MLP, BlockLinear, Conv, Linear, Norm
 from learner.nn.twohot import symexp
 from system.specs import ArraySpec
@@ -47,7 +48,11 @@ class Decoder(nn.Module):
         self.deter = deter
 
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
-        """feat [..., F] -> raw output per key: symlog values, logits [..., *shape, classes], pixels in [0, 1]."""
+        """Raw output per key for feat [..., F].
+
+        Vectors: symlog values [..., *shape]; discrete: logits [..., *shape, classes]; images: pixels in
+        [0, 1], [..., H, W, C].
+        """
         out: dict[str, Tensor] = {}
         if self.vectors:
             x = self.mlp(feat)
@@ -113,11 +118,11 @@ class ImageDecoder(nn.Module):
         self.from_stoch = Linear(2 * units, size)
         self.norm_in = Norm(self.depth)
         sizes = [*reversed(depths), sum(group.channels)]
-        self.conv = nn.ModuleList([Conv(a, b, kernel) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.conv = nn.ModuleList([Conv(a, b, kernel) for a, b in pairwise(sizes)])
         self.norm = nn.ModuleList([Norm(b) for b in sizes[1:-1]])
 
     def forward(self, feat: Tensor) -> Tensor:
-        """feat [N, F] -> pixels [N, H, W, C] in [0, 1]."""
+        """Pixels [N, H, W, C] in [0, 1] for feat [N, F]."""
         height, width = self.grid
         spatial = self.from_deter(feat[:, : self.deter])  # [N, G * h * w * c]
         spatial = spatial.view(-1, self.blocks, height, width, self.depth // self.blocks)
@@ -126,7 +131,7 @@ class ImageDecoder(nn.Module):
         x = F.silu(self.norm_in(spatial + hidden.view_as(spatial)))
         x = x.permute(0, 3, 1, 2)  # [N, C, h, w]
         for conv, norm in zip(self.conv[:-1], self.norm, strict=True):
-            x = F.silu(channel_norm(conv(double(x)), norm))
+            x = F.silu(norm_channels(norm, conv(double(x))))
         x = torch.sigmoid(self.conv[-1](double(x)))
         return x[:, :, : self.side[0], : self.side[1]].permute(0, 2, 3, 1)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learner.nn.categorical import one_hot
-from learner.nn.layers import MLP, Conv, Norm, rms_norm
+from learner.nn.layers import MLP, Conv, Norm
 from learner.nn.twohot import symlog
 from system.errors import SchemaError
 from system.specs import ArraySpec
@@ -103,7 +104,7 @@ class Encoder(nn.Module):
             self.outputs += group.grid[0] * group.grid[1] * depths[-1]
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """obs values [..., *shape] -> tokens [..., E]; leading axes are free."""
+        """Tokens [..., E] for obs values [..., *shape]; leading axes are free."""
         parts: list[Tensor] = []
         if self.vectors:
             parts.append(self.mlp(torch.cat([flatten(obs[k], s) for k, s in self.vectors.items()], -1)))
@@ -118,7 +119,7 @@ def flatten(value: Tensor, spec: ArraySpec) -> Tensor:
     """One vector-like observation [..., *shape] as network input [..., flat_size], symlog or one-hot."""
     lead = value.shape[: value.dim() - len(spec.shape)]
     if spec.kind == "discrete":
-        return one_hot(value.long(), spec.classes).reshape(*lead, -1)
+        return one_hot(value.long().reshape(*lead, -1), spec.classes).transpose(-1, -2).flatten(-2)
     return symlog(value.float()).reshape(*lead, -1)
 
 
@@ -129,7 +130,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.pad = (group.padded[1] - group.side[1], group.padded[0] - group.side[0])
         sizes = [sum(group.channels), *depths]
-        self.conv = nn.ModuleList([Conv(a, b, kernel) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.conv = nn.ModuleList([Conv(a, b, kernel) for a, b in pairwise(sizes)])
         self.norm = nn.ModuleList([Norm(b) for b in depths])
 
     def forward(self, image: Tensor) -> Tensor:
@@ -138,10 +139,10 @@ class ImageEncoder(nn.Module):
         if any(self.pad):
             x = F.pad(x, (0, self.pad[0], 0, self.pad[1]))
         for conv, norm in zip(self.conv, self.norm, strict=True):
-            x = F.silu(channel_norm(F.max_pool2d(conv(x), 2), norm))
+            x = F.silu(norm_channels(norm, F.max_pool2d(conv(x), 2)))
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
-def channel_norm(x: Tensor, norm: Norm) -> Tensor:
-    """RMS norm over the channels of [N, C, H, W]."""
-    return rms_norm(x.permute(0, 2, 3, 1), norm.scale).permute(0, 3, 1, 2)
+def norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a Norm over the channels of [N, C, H, W]."""
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

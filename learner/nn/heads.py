@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learner.nn.categorical import mixed_probs, one_hot, sample_index
+from learner.nn.categorical import one_hot, sample_index
 from learner.nn.layers import MLP, Linear
-from learner.nn.twohot import expectation, symexp_bins
+from learner.nn.twohot import TwoHot, mirrored_bins
 from system.specs import ActionSpec
 
 
@@ -28,15 +28,11 @@ class TwoHotHead(nn.Module):
         super().__init__()
         self.mlp = MLP(inputs, units, layers)
         self.logits = Linear(self.mlp.outputs, bins, outscale)
-        self.register_buffer("bins", symexp_bins(bins), persistent=False)
+        self.register_buffer("bins", mirrored_bins(bins), persistent=False)
 
-    def forward(self, feat: Tensor) -> Tensor:
-        """feat [..., F] -> logits [..., bins], float32."""
-        return self.logits(self.mlp(feat)).float()
-
-    def mean(self, logits: Tensor) -> Tensor:
-        """Expected value [...]."""
-        return expectation(logits, self.bins)
+    def forward(self, feat: Tensor) -> TwoHot:
+        """Distribution over the bins for feat [..., F]."""
+        return TwoHot.of(self.logits(self.mlp(feat)).float(), self.bins)
 
 
 class BinaryHead(nn.Module):
@@ -48,7 +44,7 @@ class BinaryHead(nn.Module):
         self.logit = Linear(self.mlp.outputs, 1)
 
     def forward(self, feat: Tensor) -> Tensor:
-        """feat [..., F] -> logit [...], float32."""
+        """Logit [...], float32, for feat [..., F]."""
         return self.logit(self.mlp(feat)).squeeze(-1).float()
 
 
@@ -80,14 +76,15 @@ class DiscreteActionHead(nn.Module):
         self.logits = nn.ModuleList([Linear(self.mlp.outputs, n, outscale) for n in classes])
 
     def forward(self, feat: Tensor) -> Tensor:
-        """feat [..., F] -> log-probabilities [..., A], float32, normalised per component."""
+        """Log-probabilities [..., A], float32, normalised per component, for feat [..., F]."""
         x = self.mlp(feat)
         return torch.cat([self._log_probs(head(x)) for head in self.logits], -1)
 
     def _log_probs(self, logits: Tensor) -> Tensor:
+        log_probs = torch.log_softmax(logits.float(), -1)
         if self.unimix == 0.0:
-            return torch.log_softmax(logits.float(), -1)
-        return mixed_probs(logits, self.unimix).log()
+            return log_probs
+        return (log_probs.exp() * (1.0 - self.unimix) + self.unimix / logits.shape[-1]).log()
 
     def noise(self, lead: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Uniforms [*lead, K]."""
@@ -95,12 +92,13 @@ class DiscreteActionHead(nn.Module):
 
     def sample(self, raw: Tensor, noise: Tensor) -> Tensor:
         """Sampled action [..., A]."""
-        parts = zip(raw.exp().split(self.classes, -1), noise.unbind(-1), strict=True)
-        return torch.cat([one_hot(sample_index(p, u), p.shape[-1]) for p, u in parts], -1)
+        parts = zip(raw.exp().split(self.classes, -1), noise.split(1, -1), strict=True)
+        return torch.cat([_one_hot(sample_index(p.unsqueeze(-1), u), p.shape[-1]) for p, u in parts], -1)
 
     def mode(self, raw: Tensor) -> Tensor:
         """Most probable action [..., A]."""
-        return torch.cat([one_hot(p.argmax(-1), p.shape[-1]) for p in raw.split(self.classes, -1)], -1)
+        parts = raw.split(self.classes, -1)
+        return torch.cat([_one_hot(p.argmax(-1, keepdim=True), p.shape[-1]) for p in parts], -1)
 
     def log_prob(self, raw: Tensor, action: Tensor) -> Tensor:
         """Log-probability [...] of action [..., A]."""
@@ -127,7 +125,7 @@ class BoundedNormalHead(nn.Module):
         self.std = Linear(self.mlp.outputs, size, outscale)
 
     def forward(self, feat: Tensor) -> Tensor:
-        """feat [..., F] -> mean and standard deviation [..., 2A], float32."""
+        """Mean and standard deviation [..., 2A], float32, for feat [..., F]."""
         x = self.mlp(feat)
         spread = torch.sigmoid(self.std(x).float() + 2.0)  # starts near the upper end: explore first
         std = self.min_std + (self.max_std - self.min_std) * spread
@@ -166,8 +164,13 @@ def encode_action(action: Tensor, spec: ActionSpec) -> Tensor:
     """Action of a row as models read it: [..., K] int -> concatenated one-hots [..., A]; floats unchanged."""
     if spec.kind == "continuous":
         return action.float()
-    parts = [one_hot(action[..., k].long(), n) for k, n in enumerate(spec.classes)]
+    parts = [_one_hot(action[..., k : k + 1].long(), n) for k, n in enumerate(spec.classes)]
     return torch.cat(parts, -1)
+
+
+def _one_hot(index: Tensor, classes: int) -> Tensor:
+    """One-hot [..., classes] of one component's index [..., 1]."""
+    return one_hot(index, classes).squeeze(-1)
 
 
 def decode_action(action: Tensor, spec: ActionSpec) -> Tensor:

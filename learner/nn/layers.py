@@ -6,6 +6,7 @@ Source: Hafner et al., arXiv 2301.04104, "Model sizes" and "Network architecture
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class Norm(nn.Module):
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """x / rms(x) * scale over the last axis; x [..., D], scale [D]."""
+    """Divide x [..., D] by its root mean square over the last axis and scale it by scale [D]."""
     return F.rms_norm(x.float(), scale.shape, scale, NORM_EPS).to(x.dtype)
 
 
@@ -95,7 +96,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, units: int, layers: int) -> None:
         super().__init__()
         sizes = [inputs] + [units] * layers
-        self.linear = nn.ModuleList([Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.linear = nn.ModuleList([Linear(a, b) for a, b in pairwise(sizes)])
         self.norm = nn.ModuleList([Norm(units) for _ in range(layers)])
         self.outputs = sizes[-1]
 

@@ -1,7 +1,8 @@
 """Flat parameter buffer and the DreamerV3 optimiser: adaptive gradient clipping, then LaProp.
 
-Source: arXiv 2301.04104, "Optimizer"; LaProp: Ziyin et al., arXiv 2002.04839; AGC: Brock et al., arXiv 2102.06171.
-All parameters are views of one buffer, so the elementwise part is a handful of operations whatever their number.
+Source: arXiv 2301.04104, "Optimizer"; LaProp: Ziyin et al., arXiv 2002.04839; AGC: Brock et al.,
+arXiv 2102.06171. All parameters are views of one buffer, so the elementwise part is a handful of operations
+whatever their number.
 """
 
 from __future__ import annotations
@@ -68,14 +69,14 @@ def check_arrays(
     if strange := sorted(set(expected) ^ set(arrays)):
         side = "lack" if strange[0] in expected else "have an unknown"
         raise SchemaError(
-            f"{what} {side} array {strange[0]!r} ({len(strange)} names differ); they belong to another model: "
-            "use the same family, size and environment they were made with"
+            f"{what} {side} array {strange[0]!r} ({len(strange)} names differ); they belong to another "
+            "model: use the same family, size and environment they were made with"
         )
     for name, shape in expected.items():
         if tuple(arrays[name].shape) != shape:
             raise SchemaError(
-                f"{what}: array {name!r} has shape {tuple(arrays[name].shape)}, must be {shape}; they belong to "
-                "another model: use the same family, size and environment they were made with"
+                f"{what}: array {name!r} has shape {tuple(arrays[name].shape)}, must be {shape}; they "
+                "belong to another model: use the same family, size and environment they were made with"
             )
 
 

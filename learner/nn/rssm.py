@@ -1,25 +1,27 @@
-"""Recurrent state-space model: block GRU, categorical posterior from the observation, categorical prior without.
+"""Recurrent state-space model: block GRU, categorical posterior with and prior without the observation.
 
-Source: arXiv 2301.04104, "World model learning" and "Block GRU"; numbers of the current official code.
-Everything that does not depend on the recurrent state (observation and action projections) is computed for
-all time steps at once, outside the loop; this is exact, only cheaper.
+Source: arXiv 2301.04104, "World model learning" and "Block GRU"; numbers of the current official code, which
+has one hidden layer in the recurrent step and one in the posterior at every size. Everything that does not
+depend on the recurrent state (observation and action projections) is computed for all time steps at once,
+outside the loop; this is exact, only cheaper. The gradient of the loop is written out in `learner.nn.bptt`.
 
 Letters: B batch, T time, D deter size, S categorical variables, C classes, U hidden units, G blocks,
-A action width, E token width.
+d = D / G, A action width, E token width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learner.nn.bptt import CoreWeights, PosteriorWeights, core_step, posterior_rollout, posterior_step
 from learner.nn.categorical import mixed_probs, sample_one_hot
 from learner.nn.layers import MLP, BlockLinear, Linear, Norm
 
-UPDATE_BIAS = -1.0  # the update gate starts mostly closed: memory by default
 State = dict[str, Tensor]
 
 
@@ -34,12 +36,21 @@ class RSSMSizes:
     blocks: int
     unimix: float
     prior_layers: int
-    posterior_layers: int
-    dynamics_layers: int
+
+    @property
+    def flat_stoch(self) -> int:
+        return self.stoch * self.classes
 
     @property
     def feat(self) -> int:
-        return self.deter + self.stoch * self.classes
+        return self.deter + self.flat_stoch
+
+
+class Driver(NamedTuple):
+    """What turns an action into its part of the recurrent step."""
+
+    weight: Tensor  # [D, U]
+    bias: Tensor  # [D]
 
 
 class Core(nn.Module):
@@ -47,52 +58,45 @@ class Core(nn.Module):
 
     def __init__(self, sizes: RSSMSizes, action: int) -> None:
         super().__init__()
-        deter, hidden, blocks = sizes.deter, sizes.hidden, sizes.blocks
-        self.blocks = blocks
-        self.from_deter = MLP(deter, hidden, 1)
-        self.from_stoch = MLP(sizes.stoch * sizes.classes, hidden, 1)
-        self.from_action = MLP(action, hidden, 1)
-        widths = [deter + blocks * 3 * hidden] + [deter] * sizes.dynamics_layers
-        self.hidden = nn.ModuleList(
-            [BlockLinear(a, b, blocks) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        )
-        self.norm = nn.ModuleList([Norm(deter) for _ in range(sizes.dynamics_layers)])
-        self.gates = BlockLinear(deter, 3 * deter, blocks)
+        deter, hidden, self.blocks = sizes.deter, sizes.hidden, sizes.blocks
+        self.deter_in, self.deter_norm = Linear(deter, hidden), Norm(hidden)
+        self.stoch_in, self.stoch_norm = Linear(sizes.flat_stoch, hidden), Norm(hidden)
+        self.action_in = MLP(action, hidden, 1)
+        self.hidden = BlockLinear(deter + self.blocks * 3 * hidden, deter, self.blocks)
+        self.norm = Norm(deter)
+        self.gates = BlockLinear(deter, 3 * deter, self.blocks)
 
-    def embed_action(self, action: Tensor) -> Tensor:
-        """Action [..., A] -> [..., U]; entries beyond 1 in magnitude are scaled back to +-1."""
-        return self.from_action(action / action.detach().abs().clamp_min(1.0))
+    def weights(self) -> tuple[CoreWeights, Driver]:
+        """The weights as the loop wants them.
 
-    def split(self) -> tuple[Tensor, Tensor]:
-        """First hidden layer, cut by what it reads: own block of deter [G, D/G, O], inputs [3U, G*O].
-
-        Every block sees the same three embedded inputs, so their part is one dense matrix.
+        The hidden layer's blocks read their own part of deter and, all alike, the three embedded inputs: what
+        they read alike is one dense matrix, and the action's part of it leaves the loop.
         """
-        weight = self.hidden[0].weight  # [G, D/G + 3U, O]
-        own = self.gates.weight.shape[1]
-        shared = weight[:, own:].permute(1, 0, 2)  # [3U, G, O]
-        return weight[:, :own], shared.reshape(shared.shape[0], -1)
+        weight = self.hidden.weight  # [G, d + 3U, d]
+        own = weight.shape[1] - 3 * self.deter_in.weight.shape[0]
+        shared = weight[:, own:].permute(1, 0, 2).flatten(1)  # [3U, D]
+        units = shared.shape[0] // 3
+        core = CoreWeights(
+            deter_in=self.deter_in.weight,
+            deter_bias=self.deter_in.bias,
+            stoch_in=self.stoch_in.weight,
+            stoch_bias=self.stoch_in.bias,
+            in_scale=torch.stack([self.deter_norm.scale, self.stoch_norm.scale]),
+            own=weight[:, :own],
+            shared=shared[: 2 * units],
+            scale=self.norm.scale,
+            gates=self.gates.weight,
+            gates_bias=self.gates.bias.view(self.blocks, 1, -1),
+        )
+        return core, Driver(shared[2 * units :].t(), self.hidden.bias)
 
-    def drive(self, action: Tensor, shared: Tensor) -> Tensor:
-        """What the action and the bias add to the first hidden layer: action [..., A] -> [..., D]."""
-        embedded = self.embed_action(action)  # [..., U]
-        part = shared[-embedded.shape[-1] :].t()  # [D, U]
-        return F.linear(embedded, part, self.hidden[0].bias)
+    def drive(self, action: Tensor, driver: Driver) -> Tensor:
+        """What action [..., A] and the bias add to the hidden layer: [..., D].
 
-    def step(self, deter: Tensor, stoch: Tensor, drive: Tensor, own: Tensor, shared: Tensor) -> Tensor:
-        """deter [B, D], stoch [B, S*C], drive [B, D] -> deter [B, D]; weights from `split`."""
-        inputs = torch.cat([self.from_deter(deter), self.from_stoch(stoch)], -1)  # [B, 2U]
-        x = drive + inputs @ shared[: inputs.shape[-1]]
-        blocked = deter.view(deter.shape[0], self.blocks, -1).transpose(0, 1)  # [G, B, D/G]
-        x = x + torch.bmm(blocked, own).transpose(0, 1).reshape(x.shape)  # [B, D]
-        x = F.silu(self.norm[0](x))
-        for layer, norm in zip(self.hidden[1:], self.norm[1:], strict=True):
-            x = F.silu(norm(layer(x)))
-        gates = self.gates(x).view(deter.shape[0], self.blocks, 3, -1).float()  # [B, G, 3, D/G]
-        reset, candidate, update = gates.unbind(2)
-        candidate = torch.tanh(torch.sigmoid(reset) * candidate).flatten(1)  # [B, D]
-        update = torch.sigmoid(update + UPDATE_BIAS).flatten(1)
-        return torch.lerp(deter, candidate, update)
+        Entries beyond 1 in magnitude are scaled back to +-1.
+        """
+        embedded = self.action_in(action / action.detach().abs().clamp_min(1.0))  # [..., U]
+        return F.linear(embedded, driver.weight, driver.bias)
 
 
 class Posterior(nn.Module):
@@ -100,25 +104,22 @@ class Posterior(nn.Module):
 
     def __init__(self, sizes: RSSMSizes, tokens: int) -> None:
         super().__init__()
-        self.shape = (sizes.stoch, sizes.classes)
-        self.unimix = sizes.unimix
-        widths = [sizes.deter + tokens] + [sizes.hidden] * sizes.posterior_layers
-        self.linear = nn.ModuleList([Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
-        self.norm = nn.ModuleList([Norm(sizes.hidden) for _ in range(sizes.posterior_layers)])
-        self.logits = Linear(sizes.hidden, sizes.stoch * sizes.classes)
+        self.sizes = sizes
+        self.linear = Linear(sizes.deter + tokens, sizes.hidden)
+        self.norm = Norm(sizes.hidden)
+        self.logits = Linear(sizes.hidden, sizes.flat_stoch)
+
+    def weights(self) -> PosteriorWeights:
+        return PosteriorWeights(
+            deter_in=self.linear.weight[:, : self.sizes.deter],
+            scale=self.norm.scale,
+            logits=self.logits.weight,
+            logits_bias=self.logits.bias,
+        )
 
     def project(self, tokens: Tensor) -> Tensor:
-        """The part of the first layer that reads tokens, with its bias: [..., E] -> [..., U]."""
-        first = self.linear[0]
-        return F.linear(tokens, first.weight[:, -tokens.shape[-1] :], first.bias)
-
-    def probs(self, deter: Tensor, projected: Tensor) -> Tensor:
-        """deter [B, D], projected [B, U] -> mixed probabilities [B, S, C]."""
-        x = projected + F.linear(deter, self.linear[0].weight[:, : deter.shape[-1]])
-        x = F.silu(self.norm[0](x))
-        for linear, norm in zip(self.linear[1:], self.norm[1:], strict=True):
-            x = F.silu(norm(linear(x)))
-        return mixed_probs(self.logits(x).view(*deter.shape[:-1], *self.shape), self.unimix)
+        """The part of the first layer that reads tokens [..., E], with its bias: [..., U]."""
+        return F.linear(tokens, self.linear.weight[:, self.sizes.deter :], self.linear.bias)
 
 
 class Prior(nn.Module):
@@ -126,18 +127,18 @@ class Prior(nn.Module):
 
     def __init__(self, sizes: RSSMSizes) -> None:
         super().__init__()
-        self.shape = (sizes.stoch, sizes.classes)
+        self.shape = (sizes.classes, sizes.stoch)
         self.unimix = sizes.unimix
         self.mlp = MLP(sizes.deter, sizes.hidden, sizes.prior_layers)
-        self.logits = Linear(sizes.hidden, sizes.stoch * sizes.classes)
+        self.logits = Linear(sizes.hidden, sizes.flat_stoch)
 
     def probs(self, deter: Tensor) -> Tensor:
-        """deter [..., D] -> mixed probabilities [..., S, C]."""
+        """Mixed probabilities [..., C, S] for deter [..., D]."""
         return mixed_probs(self.logits(self.mlp(deter)).unflatten(-1, self.shape), self.unimix)
 
 
 class RSSM(nn.Module):
-    """Core and posterior, plus the prior unless `acting` (actors never predict without an observation)."""
+    """Core and posterior, plus the prior unless `acting`: actors never predict without an observation."""
 
     def __init__(self, sizes: RSSMSizes, action: int, tokens: int, *, acting: bool = False) -> None:
         super().__init__()
@@ -148,11 +149,11 @@ class RSSM(nn.Module):
             self.prior = Prior(sizes)
 
     def initial(self, batch: int) -> State:
-        """The all-zero state: deter [B, D], stoch [B, S, C]."""
-        device = self.posterior.logits.bias.device
+        """The all-zero state: deter [B, D], stoch [B, C, S]."""
+        device = self.core.norm.scale.device
         return {
             "deter": torch.zeros(batch, self.sizes.deter, device=device),
-            "stoch": torch.zeros(batch, self.sizes.stoch, self.sizes.classes, device=device),
+            "stoch": torch.zeros(batch, self.sizes.classes, self.sizes.stoch, device=device),
         }
 
     def observe(
@@ -160,65 +161,56 @@ class RSSM(nn.Module):
     ) -> tuple[State, State]:
         """Filter T rows: (carry after the last row, states of all rows with the posterior "probs").
 
-        Shapes: carry deter [B, D], stoch [B, S, C]; tokens [B, T, E]; prev_action [B, T, A];
+        Shapes: carry deter [B, D], stoch [B, C, S]; tokens [B, T, E]; prev_action [B, T, A];
         is_first [B, T] bool; uniform [B, T, S]; states [B, T, ...].
         is_first rows forget the carry and the previous action.
         """
-        keep = (~is_first).unsqueeze(-1).float()  # [B, T, 1]
-        own, shared = self.core.split()
-        drive = self.core.drive(prev_action * keep, shared).unbind(1)
-        projected = self.posterior.project(tokens).unbind(1)
-        keeps, uniforms = keep.unbind(1), uniform.unbind(1)
-        deter, stoch = carry["deter"], carry["stoch"].flatten(1)
-        deters: list[Tensor] = []
-        stochs: list[Tensor] = []
-        probs: list[Tensor] = []
-        for t in range(is_first.shape[1]):
-            deter, prob, sample = self.observe_step(
-                deter * keeps[t], stoch * keeps[t], drive[t], projected[t], uniforms[t], own, shared
-            )
-            stoch = sample.flatten(1)
-            deters.append(deter)
-            stochs.append(sample)
-            probs.append(prob)
+        keep = (~is_first).t().unsqueeze(-1).float()  # [T, B, 1]
+        core, driver = self.core.weights()
+        deter, probs, stoch = posterior_rollout(
+            carry["deter"],
+            carry["stoch"].flatten(1),
+            self.core.drive(prev_action.transpose(0, 1) * keep, driver),
+            self.posterior.project(tokens.transpose(0, 1)),
+            keep,
+            uniform.transpose(0, 1),
+            core,
+            self.posterior.weights(),
+            self.sizes.unimix,
+        )
         states = {
-            "deter": torch.stack(deters, 1),
-            "stoch": torch.stack(stochs, 1),
-            "probs": torch.stack(probs, 1),
+            "deter": deter.transpose(0, 1),
+            "stoch": stoch.transpose(0, 1),
+            "probs": probs.transpose(0, 1),
         }
-        return {"deter": deter, "stoch": stochs[-1]}, states
+        return {"deter": deter[-1], "stoch": stoch[-1]}, states
 
-    def observe_step(
+    def filter(
         self,
         deter: Tensor,
         stoch: Tensor,
         drive: Tensor,
         projected: Tensor,
         uniform: Tensor,
-        own: Tensor,
-        shared: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One filtered row: (deter [B, D], probs [B, S, C], sample [B, S, C]).
-
-        deter [B, D] and stoch [B, S*C] are already reset where an episode begins.
-        """
-        deter = self.core.step(deter, stoch, drive, own, shared)
-        probs = self.posterior.probs(deter, projected)
-        return deter, probs, sample_one_hot(probs, uniform)
+        core: CoreWeights,
+        posterior: PosteriorWeights,
+    ) -> tuple[Tensor, Tensor]:
+        """One observed row without gradients, for acting: (deter [B, D], stoch [B, C, S])."""
+        deter = core_step(deter, stoch, drive, core).deter
+        soft = posterior_step(deter, projected, posterior, self.sizes.stoch).soft
+        return deter, sample_one_hot(soft, uniform, self.sizes.unimix)
 
     def step(self, state: State, action: Tensor, uniform: Tensor) -> State:
         """One imagined transition; action [N, A], uniform [N, S]."""
-        own, shared = self.core.split()
-        return self.imagine_step(state, self.core.drive(action, shared), uniform, own, shared)
+        core, driver = self.core.weights()
+        return self.predict(state, self.core.drive(action, driver), uniform, core)
 
-    def imagine_step(
-        self, state: State, drive: Tensor, uniform: Tensor, own: Tensor, shared: Tensor
-    ) -> State:
+    def predict(self, state: State, drive: Tensor, uniform: Tensor, core: CoreWeights) -> State:
         """`step` with the loop-invariant parts given."""
-        deter = self.core.step(state["deter"], state["stoch"].flatten(1), drive, own, shared)
+        deter = core_step(state["deter"], state["stoch"].flatten(1), drive, core).deter
         return {"deter": deter, "stoch": sample_one_hot(self.prior.probs(deter), uniform)}
 
 
 def features(state: State) -> Tensor:
-    """What every head reads: deter and flattened stoch, [..., D + S*C]."""
+    """What every head reads: deter and flattened stoch, [..., D + C*S]."""
     return torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)

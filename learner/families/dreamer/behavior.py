@@ -9,12 +9,13 @@ Letters: B batch, T time, K trailing rows used as starts, N = B*K, H horizon, A 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learner.families.dreamer.config import DreamerConfig
 from learner.interfaces import Capability, LossOut, Mode, Rollout, Tree
 from learner.nn.heads import BoundedNormalHead, DiscreteActionHead, TwoHotHead
-from learner.nn.twohot import sparse_cross_entropy, twohot
+from learner.nn.twohot import TwoHot
 from learner.returns import ReturnRange, imagination_weights, lambda_return
 from system.specs import ActionSpec
 
@@ -64,7 +65,7 @@ class ActorCritic(nn.Module):
         return time if self.starts == 0 else min(time, max(2, self.starts // batch))
 
     def noise(self, batch: int, time: int, generator: torch.Generator) -> Tree:
-        """Action noise [N, H, *]; the model's own noise is drawn by the agent, for N trajectories of H steps."""
+        """Action noise [N, H, *]; the model's noise for N trajectories of H steps is drawn by the agent."""
         return {"action": self.actor.noise((batch * self.trailing(batch, time), self.horizon), generator)}
 
     def act(self, feat: Tensor, noise: Tensor, mode: Mode) -> Tensor:
@@ -80,26 +81,30 @@ class ActorCritic(nn.Module):
         rollout, root = self._imagine(model, starts, noise)
         cont = torch.cat([root.unsqueeze(1), rollout.out["cont"]], 1)  # [N, H + 1]
         weight = imagination_weights(cont)[:, :-1]  # [N, H]
-        logits = self.critic(rollout.feat)  # [N, H + 1, bins]
+        critic = self.critic(rollout.feat)  # [N, H + 1]
         with torch.no_grad():
-            value = self.critic.mean(logits)  # [N, H + 1]
-            slow = self.slow.mean(self.slow(rollout.feat))
+            value = critic.mean()  # [N, H + 1]
+            slow = self.slow(rollout.feat).mean()
             reward = torch.cat([torch.zeros_like(root).unsqueeze(1), rollout.out["reward"]], 1)
             returns = lambda_return(reward, value, cont, torch.full_like(cont, self.lambda_))  # [N, H]
             scale = self.returns.update(returns)
             advantage = (returns - value[:, :-1]) / scale
         policy, entropy = self._policy_loss(rollout, advantage, weight)
-        critic = (weight * self._critic_loss(logits[:, :-1], returns, slow[:, :-1])).mean()
+        # The last state has no return: weight zero is cheaper than cutting it out of the logits.
+        padded = F.pad(returns, (0, 1))
+        critic_loss = (
+            F.pad(weight, (0, 1)) * self._critic_loss(critic, padded, slow)
+        ).sum() / returns.numel()
         tail = {k: batch[k][:, time - last :] for k in ("reward", "is_last", "is_terminal")}
         bootstrap = returns[:, 0].view(-1, last)
         replay = self._replay_loss(
             states["feat"][:, time - last :], tail, bootstrap, slow[:, 0].view(-1, last)
         )
         scales = self.scales
-        total = scales.policy * policy + scales.value * critic + scales.replay_value * replay
+        total = scales.policy * policy + scales.value * critic_loss + scales.replay_value * replay
         metrics = {
             "loss/policy": policy.detach(),
-            "loss/value": critic.detach(),
+            "loss/value": critic_loss.detach(),
             "loss/replay_value": replay.detach(),
             "entropy/policy": entropy.detach(),
             "imagined/return": returns.mean(),
@@ -108,7 +113,7 @@ class ActorCritic(nn.Module):
             "imagined/cont": cont.mean(),
             "imagined/value": value.mean(),
             "imagined/weight": weight.mean(),
-            "imagined/advantage_std": advantage.std(),
+            "imagined/advantage": advantage.abs().mean(),
         }
         return LossOut(total=total, metrics=metrics)
 
@@ -131,11 +136,9 @@ class ActorCritic(nn.Module):
         loss = -(weight * (log_prob * advantage + self.entropy * entropy)).mean()
         return loss, entropy.mean()
 
-    def _critic_loss(self, logits: Tensor, target: Tensor, slow: Tensor) -> Tensor:
+    def _critic_loss(self, critic: TwoHot, target: Tensor, slow: Tensor) -> Tensor:
         """Cross-entropy towards the two-hot return plus that towards the slow critic's value; [...]."""
-        index, weight = twohot(torch.stack([target, slow], -1), self.critic.bins)  # [..., 2, 2]
-        weight = weight * weight.new_tensor([[1.0], [self.slow_weight]])
-        return sparse_cross_entropy(logits, index.flatten(-2), weight.flatten(-2))
+        return critic.loss(target, slow, scales=(1.0, self.slow_weight))
 
     def _replay_loss(self, feat: Tensor, rows: Tree, bootstrap: Tensor, slow: Tensor) -> Tensor:
         """Critic loss on replayed rows [B, K] whose returns bootstrap from imagined returns.
@@ -146,5 +149,6 @@ class ActorCritic(nn.Module):
         live = (~rows["is_terminal"]).float() * self.discount
         trace = (~rows["is_last"]).float() * self.lambda_
         target = lambda_return(rows["reward"], bootstrap, live, trace)  # [B, K - 1]
-        loss = self._critic_loss(self.critic(feat)[:, :-1], target, slow[:, :-1])
-        return ((~rows["is_last"][:, :-1]).float() * loss).mean()
+        loss = self._critic_loss(self.critic(feat), F.pad(target, (0, 1)), slow)
+        weight = F.pad((~rows["is_last"][:, :-1]).float(), (0, 1))
+        return (weight * loss).sum() / target.numel()

@@ -6,6 +6,7 @@ n rows of one step, D deter, S variables, C classes, A action width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from learner.families.dreamer.behavior import make_actor
 from learner.families.dreamer.config import DreamerConfig
 from learner.families.dreamer.latents import latent_columns
 from learner.families.dreamer.world_model import make_encoder, rssm_sizes
-from learner.nn.codec import pack_float
+from learner.nn.codec import pack_float, pack_one_hot
 from learner.nn.heads import decode_action
 from learner.nn.layers import initialise
 from learner.nn.optim import check_arrays
@@ -25,7 +26,7 @@ from learner.nn.rssm import RSSM
 from system.experience import Step
 from system.interfaces import Mode
 from system.seeds import child_seed
-from system.specs import EnvSpec
+from system.specs import ArraySpec, EnvSpec
 from system.weights import NO_VERSION, PolicyVersion, Weights
 
 
@@ -47,7 +48,7 @@ class DreamerPolicy:
 
     def __init__(self, config: DreamerConfig, env: EnvSpec, *, seed: int) -> None:
         self.env = env
-        self.columns = latent_columns(config)
+        self.columns: Mapping[str, ArraySpec] = latent_columns(config)
         self.version: PolicyVersion = NO_VERSION
         sizes = rssm_sizes(config)
         encoder = make_encoder(config, env)
@@ -58,13 +59,13 @@ class DreamerPolicy:
         initialise(self.module, torch.Generator().manual_seed(child_seed(seed, "weights")))
         self.module.requires_grad_(requires_grad=False)
         self.generator = torch.Generator().manual_seed(child_seed(seed, "noise"))
-        self._split = self.rssm.core.split()
+        self._weights = (*self.rssm.core.weights(), self.rssm.posterior.weights())
 
     def initial(self, num_envs: int) -> PolicyCarry:
         sizes = self.rssm.sizes
         return PolicyCarry(
             deter=torch.zeros(num_envs, sizes.deter),
-            stoch=torch.zeros(num_envs, sizes.stoch * sizes.classes),
+            stoch=torch.zeros(num_envs, sizes.flat_stoch),
             action=torch.zeros(num_envs, self.env.action.width),
         )
 
@@ -79,17 +80,16 @@ class DreamerPolicy:
         rows = torch.from_numpy(step.env_id.astype(np.int64))
         keep = torch.from_numpy(~step.is_first).float().unsqueeze(-1)  # [n, 1]
         obs = {k: torch.from_numpy(np.ascontiguousarray(step.obs[k])) for k in self.env.obs}
-        own, shared = self._split
-        sizes = self.rssm.sizes
-        uniform = torch.rand((len(step), sizes.stoch), generator=self.generator)
-        deter, _, sample = self.rssm.observe_step(
+        core, driver, posterior = self._weights
+        uniform = torch.rand((len(step), self.rssm.sizes.stoch), generator=self.generator)
+        deter, sample = self.rssm.filter(
             carry.deter[rows] * keep,
             carry.stoch[rows] * keep,
-            self.rssm.core.drive(carry.action[rows] * keep, shared),
+            self.rssm.core.drive(carry.action[rows] * keep, driver),
             self.rssm.posterior.project(self.encoder(obs)),
             uniform,
-            own,
-            shared,
+            core,
+            posterior,
         )
         stoch = sample.flatten(1)
         raw = self.actor(torch.cat([deter, stoch], -1))
@@ -102,7 +102,7 @@ class DreamerPolicy:
         out[step.is_last] = 0
         extras: dict[str, NDArray[np.generic]] = {
             "deter": pack_float(deter),
-            "stoch": sample.argmax(-1).to(torch.uint8).numpy(),
+            "stoch": pack_one_hot(sample),
         }
         return out, carry, extras
 
@@ -112,5 +112,5 @@ class DreamerPolicy:
         check_arrays({k: tuple(p.shape) for k, p in named.items()}, weights.arrays, "policy weights")
         for name, parameter in named.items():
             parameter.copy_(torch.from_numpy(np.array(weights.arrays[name], np.float32)))
-        self._split = self.rssm.core.split()
+        self._weights = (*self.rssm.core.weights(), self.rssm.posterior.weights())
         self.version = weights.version

@@ -1,7 +1,7 @@
 """The DreamerV3 world model: encoder, RSSM, decoder, reward and continuation heads, and their losses.
 
 Source: arXiv 2301.04104, "World model learning"; numbers of the current official code.
-Letters: B batch, T time, N imagined trajectories, H horizon, D deter, S variables, C classes, F = D + S*C.
+Letters: B batch, T time, N imagined trajectories, H horizon, D deter, S variables, C classes, F = D + C*S.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from learner.nn.decoder import Decoder
 from learner.nn.encoder import Encoder
 from learner.nn.heads import BinaryHead, TwoHotHead, binary_cross_entropy
 from learner.nn.rssm import RSSM, RSSMSizes, features
-from learner.nn.twohot import sparse_cross_entropy, twohot
 from system.specs import ActionSpec, ArraySpec, EnvSpec
 
 
@@ -30,8 +29,6 @@ def rssm_sizes(config: DreamerConfig) -> RSSMSizes:
         blocks=config.blocks,
         unimix=config.unimix,
         prior_layers=config.prior_layers,
-        posterior_layers=config.posterior_layers,
-        dynamics_layers=config.dynamics_layers,
     )
 
 
@@ -130,8 +127,8 @@ class DreamerWorldModel(nn.Module):
         means = {key: value.mean() for key, value in losses.items()}
         metrics = {f"loss/{key}": value.detach() for key, value in means.items()}
         with torch.no_grad():
-            metrics["entropy/prior"] = entropy(prior).sum(-1).mean()
-            metrics["entropy/posterior"] = entropy(states["probs"]).sum(-1).mean()
+            metrics["entropy/prior"] = entropy(prior).mean()
+            metrics["entropy/posterior"] = entropy(states["probs"]).mean()
         total = torch.stack([means[key] * weights[key] for key in means]).sum()
         states["feat"] = feat
         rows = {key: states[key].detach() for key in ("deter", "stoch")}
@@ -139,10 +136,9 @@ class DreamerWorldModel(nn.Module):
 
     def _outcome_losses(self, feat: Tensor, batch: Tree) -> dict[str, Tensor]:
         """Reward and continuation losses [B, T]. Only termination ends a return: time limits do not."""
-        index, weight = twohot(batch["reward"], self.reward.bins)
         cont = (~batch["is_terminal"]).float() * self.discount
         return {
-            "reward": sparse_cross_entropy(self.reward(feat), index, weight),
+            "reward": self.reward(feat).loss(batch["reward"]),
             "cont": binary_cross_entropy(self.cont(feat), cont),
         }
 
@@ -155,17 +151,15 @@ class DreamerWorldModel(nn.Module):
         size = deter.shape[-1]
         feats = deter.new_empty(deter.shape[0], horizon + 1, self.feat_size)  # [N, H + 1, F]
         actions: list[Tensor] = []
-        own, shared = self.rssm.core.split()
+        core, driver = self.rssm.core.weights()
         for h in range(horizon + 1):
             feats[:, h, :size] = deter
             feats[:, h, size:] = stoch
             if h == horizon:
                 break
             action = policy[:, h] if isinstance(policy, Tensor) else policy({"feat": feats[:, h]}, h)
-            drive = self.rssm.core.drive(action, shared)
-            after = self.rssm.imagine_step(
-                {"deter": deter, "stoch": stoch}, drive, noise["stoch"][:, h], own, shared
-            )
+            drive = self.rssm.core.drive(action, driver)
+            after = self.rssm.predict({"deter": deter, "stoch": stoch}, drive, noise["stoch"][:, h], core)
             deter, stoch = after["deter"], after["stoch"].flatten(1)
             actions.append(action)
         reached = feats[:, 1:]
@@ -185,7 +179,7 @@ class DreamerWorldModel(nn.Module):
         if "feat" in what:
             out["feat"] = feat
         if "reward" in what:
-            out["reward"] = self.reward.mean(self.reward(feat))
+            out["reward"] = self.reward(feat).mean()
         if "cont" in what:
             out["cont"] = torch.sigmoid(self.cont(feat))
         if "obs" in what:

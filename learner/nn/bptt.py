@@ -1,0 +1,336 @@
+"""The posterior loop of an RSSM and its gradient, written out: here alone time steps wait for one another.
+
+Autograd through T steps runs some 200 small operations per step and accumulates every weight gradient T
+times. Here the forward pass keeps a few tensors per step, everything in the backward pass that depends on
+them alone is computed for all steps at once, the backward loop moves only the state's gradient, and each weight
+gradient is one matrix product at the end. `reference_rollout` is the same loop under autograd and the oracle
+of its tests.
+
+Letters: B batch, T time, D deter, S variables, C classes, Z = C*S, U hidden units, G blocks, d = D / G.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from learner.nn.categorical import mix, sample_one_hot
+from learner.nn.layers import NORM_EPS, rms_norm
+
+UPDATE_BIAS = -1.0  # the update gate starts mostly closed: memory by default
+
+
+class CoreWeights(NamedTuple):
+    """Weights of the recurrent step, cut as the loop reads them."""
+
+    deter_in: Tensor  # [U, D]
+    deter_bias: Tensor  # [U]
+    stoch_in: Tensor  # [U, Z]
+    stoch_bias: Tensor  # [U]
+    in_scale: Tensor  # [2, U], norm scales of the embedded deter and stoch
+    own: Tensor  # [G, d, d], hidden layer from a block's own part of deter
+    shared: Tensor  # [2U, D], hidden layer from embedded deter and stoch
+    scale: Tensor  # [D]
+    gates: Tensor  # [G, d, 3d]
+    gates_bias: Tensor  # [G, 1, 3d]
+
+
+class PosteriorWeights(NamedTuple):
+    """Weights of the posterior, without those that read tokens."""
+
+    deter_in: Tensor  # [U, D]
+    scale: Tensor  # [U]
+    logits: Tensor  # [Z, U]
+    logits_bias: Tensor  # [Z]
+
+
+class CoreOut(NamedTuple):
+    """The new state and what the backward pass wants of the way there."""
+
+    deter: Tensor  # [B, D]
+    embedded: Tensor  # [B, 2, U], before norm
+    hidden: Tensor  # [B, D], before norm
+    gates: Tensor  # [G, B, 3d], before the nonlinearities: reset, candidate, update
+
+
+class PosteriorOut(NamedTuple):
+    """Softmax of the posterior logits and the hidden layer before its norm."""
+
+    soft: Tensor  # [B, C, S], before uniform mixing
+    hidden: Tensor  # [B, U]
+
+
+def core_step(deter: Tensor, stoch: Tensor, drive: Tensor, w: CoreWeights) -> CoreOut:
+    """Block GRU step: deter [B, D], stoch [B, Z], drive [B, D] (action part and bias of the hidden layer)."""
+    rows, blocks = deter.shape[0], w.own.shape[0]
+    embedded = torch.cat(
+        [F.linear(deter, w.deter_in, w.deter_bias), F.linear(stoch, w.stoch_in, w.stoch_bias)], -1
+    ).view(rows, 2, -1)  # [B, 2, U]
+    inputs = F.silu(unit_rms(embedded) * w.in_scale).flatten(1)  # [B, 2U]
+    blocked = deter.view(rows, blocks, -1).transpose(0, 1)  # [G, B, d]
+    own = torch.bmm(blocked, w.own).transpose(0, 1)  # [B, G, d]
+    hidden = (torch.addmm(drive, inputs, w.shared).view(own.shape) + own).view(rows, -1)  # [B, D]
+    active = F.silu(rms_norm(hidden, w.scale)).view(rows, blocks, -1).transpose(0, 1)  # [G, B, d]
+    gates = torch.baddbmm(w.gates_bias, active, w.gates)  # [G, B, 3d]
+    reset, candidate, update = gates.float().chunk(3, -1)
+    candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+    after = torch.lerp(blocked, candidate, torch.sigmoid(update + UPDATE_BIAS))  # [G, B, d]
+    return CoreOut(after.transpose(0, 1).reshape(rows, -1), embedded, hidden, gates)
+
+
+def posterior_step(deter: Tensor, projected: Tensor, w: PosteriorWeights, stoch: int) -> PosteriorOut:
+    """Posterior of `stoch` variables from deter [B, D] and the projected tokens [B, U]."""
+    hidden = torch.addmm(projected, deter, w.deter_in.t())
+    logits = F.linear(F.silu(rms_norm(hidden, w.scale)), w.logits, w.logits_bias)
+    return PosteriorOut(torch.softmax(logits.float().view(deter.shape[0], -1, stoch), -2), hidden)
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """RMS norm over the last axis without a scale."""
+    return F.rms_norm(x.float(), x.shape[-1:], None, NORM_EPS).to(x.dtype)
+
+
+def reference_rollout(
+    deter: Tensor,
+    stoch: Tensor,
+    drive: Tensor,
+    projected: Tensor,
+    keep: Tensor,
+    uniform: Tensor,
+    core: CoreWeights,
+    posterior: PosteriorWeights,
+    unimix: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`posterior_rollout` as a plain loop for autograd."""
+    deters, probs, stochs = [], [], []
+    for t in range(drive.shape[0]):
+        deter = core_step(deter * keep[t], stoch * keep[t], drive[t], core).deter
+        soft = posterior_step(deter, projected[t], posterior, uniform.shape[-1]).soft
+        sample = sample_one_hot(soft, uniform[t], unimix)
+        stoch = sample.flatten(1)
+        deters.append(deter)
+        probs.append(mix(soft, unimix))
+        stochs.append(sample)
+    return torch.stack(deters), torch.stack(probs), torch.stack(stochs)
+
+
+def posterior_rollout(
+    deter: Tensor,
+    stoch: Tensor,
+    drive: Tensor,
+    projected: Tensor,
+    keep: Tensor,
+    uniform: Tensor,
+    core: CoreWeights,
+    posterior: PosteriorWeights,
+    unimix: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Filter T rows: (deter [T, B, D], mixed probs [T, B, C, S], sampled stoch [T, B, C, S]).
+
+    deter [B, D] and stoch [B, Z] precede row 0 and get no gradient; drive [T, B, D]; projected [T, B, U];
+    keep [T, B, 1] is 0 where the state is forgotten; uniform [T, B, S]. The gradient of a sample is that
+    of its probabilities (straight-through).
+    """
+    return _Rollout.apply(deter, stoch, drive, projected, keep, uniform, unimix, *core, *posterior)  # type: ignore[return-value]
+
+
+class _Saved(NamedTuple):
+    """What the forward pass keeps, [T, B, ...] each."""
+
+    deter: Tensor
+    stoch: Tensor
+    soft: Tensor
+    embedded: Tensor
+    hidden: Tensor
+    gates: Tensor  # [T, G, B, 3d]
+    read: Tensor  # [T, B, U], hidden layer of the posterior
+
+
+class _NormGrad(NamedTuple):
+    """Backward pass of x = silu(rms_norm(a) * scale), all of it that does not need the gradient of x.
+
+    grad a = gain * grad x - unit * mean(gain * grad x * unit).
+    """
+
+    unit: Tensor  # a / rms(a)
+    share: Tensor  # unit / width: its product with a gradient, summed, is the mean above
+    slope: Tensor  # d silu / d (unit * scale)
+    gain: Tensor  # slope * scale / rms(a)
+    active: Tensor  # x
+
+    @classmethod
+    def of(cls, a: Tensor, scale: Tensor) -> _NormGrad:
+        a = a.float()
+        inverse = torch.rsqrt(a.square().mean(-1, keepdim=True) + NORM_EPS)
+        unit = a * inverse
+        y = unit * scale
+        gate = torch.sigmoid(y)
+        active = y * gate
+        slope = gate + active * (1.0 - gate)
+        return cls(unit, unit / a.shape[-1], slope, slope * scale * inverse, active)
+
+    def scale_grad(self, grad: Tensor, keep: int) -> Tensor:
+        """Gradient of the scale, summed over all but the last `keep` axes; grad is that of x."""
+        return (grad * self.slope * self.unit).flatten(0, -keep - 1).sum(0)
+
+
+class _Rollout(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda")
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        deter, stoch, drive, projected, keep, uniform, unimix = args[:7]
+        core, posterior = CoreWeights(*args[7:17]), PosteriorWeights(*args[17:])
+        kept: list[tuple[Tensor, ...]] = []
+        before = (deter, stoch)
+        for t in range(drive.shape[0]):
+            out = core_step(deter * keep[t], stoch * keep[t], drive[t], core)
+            deter = out.deter
+            read = posterior_step(deter, projected[t], posterior, uniform.shape[-1])
+            sample = sample_one_hot(read.soft, uniform[t], unimix)
+            stoch = sample.flatten(1)
+            kept.append((deter, sample, read.soft, out.embedded, out.hidden, out.gates, read.hidden))
+        saved = _Saved(*(torch.stack(parts) for parts in zip(*kept, strict=True)))
+        ctx.unimix = unimix
+        ctx.save_for_backward(*before, keep, *saved, *core, *posterior)
+        return saved.deter, mix(saved.soft, unimix), saved.stoch
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        (deter, stoch, keep), saved = tensors[:3], _Saved(*tensors[3:10])
+        core, posterior = CoreWeights(*tensors[10:20]), PosteriorWeights(*tensors[20:])
+        # Inputs of every step, masked where an episode begins.
+        deter = torch.cat([deter.unsqueeze(0), saved.deter[:-1]]) * keep  # [T, B, D]
+        stoch = torch.cat([stoch.unsqueeze(0), saved.stoch[:-1].flatten(2)]) * keep  # [T, B, Z]
+        rows = _backward_loop(deter, keep, saved, core, posterior, ctx.unimix, grads)
+        return (
+            None,
+            None,
+            rows.hidden,
+            rows.read,
+            None,
+            None,
+            None,
+            *_weight_grads(rows, deter, stoch, saved, core),
+        )
+
+
+class _Rows(NamedTuple):
+    """Gradients of every step's pre-activations, and the forward values their weight gradients pair with."""
+
+    logits: Tensor  # [T, B, Z]
+    read: Tensor  # [T, B, U]
+    gates: Tensor  # [T, G, B, 3d]
+    hidden: Tensor  # [T, B, D]
+    embedded: Tensor  # [T, B, 2, U]
+    read_x: Tensor  # [T, B, U], gradient of the posterior's hidden layer after its norm
+    hidden_x: Tensor  # [T, B, D]
+    embedded_x: Tensor  # [T, B, 2, U]
+    read_norm: _NormGrad
+    hidden_norm: _NormGrad
+    embedded_norm: _NormGrad
+
+
+def _gate_grads(deter: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-entry derivatives of the new deter: by the gates [T, G, B, 3, d] and by the old deter [T, B, D]."""
+    time, blocks, rows, _ = gates.shape
+    reset, candidate, update = gates.float().unflatten(-1, (3, -1)).unbind(-2)  # [T, G, B, d]
+    reset, update = torch.sigmoid(reset), torch.sigmoid(update + UPDATE_BIAS)
+    squashed = torch.tanh(reset * candidate)
+    old = deter.view(time, rows, blocks, -1).transpose(1, 2)  # [T, G, B, d]
+    inner = update * (1.0 - squashed.square()) * reset
+    by_update = (squashed - old) * update * (1.0 - update)
+    slopes = torch.stack([inner * candidate * (1.0 - reset), inner, by_update], -2)  # [T, G, B, 3, d]
+    return slopes, (1.0 - update).transpose(1, 2).reshape(deter.shape)
+
+
+def _norm_back(grad: Tensor, norm: _NormGrad, t: int) -> Tensor:
+    """Gradient before norm and SiLU of step t from that after them."""
+    scaled = grad * norm.gain[t]
+    return torch.addcmul(scaled, norm.unit[t], (scaled * norm.share[t]).sum(-1, keepdim=True), value=-1.0)
+
+
+def _backward_loop(
+    deter: Tensor,
+    keep: Tensor,
+    saved: _Saved,
+    core: CoreWeights,
+    posterior: PosteriorWeights,
+    unimix: float,
+    grads: tuple[Any, ...],
+) -> _Rows:
+    """Carry the state's gradient from the last step to the first; grads are those of the three outputs."""
+    by_deter, by_probs, by_stoch = grads
+    outer = (by_probs + by_stoch) * (1.0 - unimix)  # the mixing passes this share on
+    read, hidden = _NormGrad.of(saved.read, posterior.scale), _NormGrad.of(saved.hidden, core.scale)
+    embedded = _NormGrad.of(saved.embedded, core.in_scale)
+    slopes, keeps_old = _gate_grads(deter, saved.gates)
+    batch, blocks = deter.shape[1], core.own.shape[0]
+    gates_back, own_back = core.gates.transpose(1, 2), core.own.transpose(1, 2)
+    shared_back = core.shared.t()
+    grad_deter, grad_probs = by_deter[-1], outer[-1]
+    kept: list[tuple[Tensor, ...]] = []
+    for t in reversed(range(deter.shape[0])):
+        weighted = grad_probs * saved.soft[t]  # [B, C, S]
+        logits = torch.addcmul(weighted, saved.soft[t], weighted.sum(-2, keepdim=True), value=-1.0).flatten(1)
+        read_x = logits @ posterior.logits  # [B, U]
+        read_a = _norm_back(read_x, read, t)
+        grad_deter = torch.addmm(grad_deter, read_a, posterior.deter_in)  # [B, D]
+        blocked = grad_deter.view(batch, blocks, 1, -1).transpose(0, 1)  # [G, B, 1, d]
+        gates = (blocked * slopes[t]).flatten(-2)  # [G, B, 3d]
+        hidden_x = torch.bmm(gates, gates_back).transpose(0, 1).reshape(batch, -1)  # [B, D]
+        hidden_a = _norm_back(hidden_x, hidden, t)
+        embedded_x = (hidden_a @ shared_back).view(batch, 2, -1)  # [B, 2, U]
+        embedded_a = _norm_back(embedded_x, embedded, t)
+        own = torch.bmm(hidden_a.view(batch, blocks, -1).transpose(0, 1), own_back).transpose(0, 1)
+        kept.append((logits, read_a, gates, hidden_a, embedded_a, read_x, hidden_x, embedded_x))
+        if t:
+            through = torch.addcmul(own.reshape(batch, -1), grad_deter, keeps_old[t])
+            through = torch.addmm(through, embedded_a[:, 0], core.deter_in)
+            grad_deter = torch.addcmul(by_deter[t - 1], through, keep[t])
+            sampled = (embedded_a[:, 1] @ core.stoch_in) * (keep[t] * (1.0 - unimix))
+            grad_probs = outer[t - 1] + sampled.view_as(outer[t - 1])
+    stacked = [torch.stack(parts[::-1]) for parts in zip(*kept, strict=True)]
+    return _Rows._make([*stacked, read, hidden, embedded])
+
+
+def _weight_grads(
+    rows: _Rows, deter: Tensor, stoch: Tensor, saved: _Saved, core: CoreWeights
+) -> tuple[Tensor, ...]:
+    """Gradients in the order of CoreWeights and PosteriorWeights, one product over all T*B rows each."""
+    blocks = core.own.shape[0]
+    hidden, embedded, read, logits = (
+        x.flatten(0, 1) for x in (rows.hidden, rows.embedded, rows.read, rows.logits)
+    )  # [T*B, ...]
+    flat_deter = deter.flatten(0, 1)  # [T*B, D]
+
+    def split(x: Tensor) -> Tensor:  # [T*B, G*i] -> [G, i, T*B]
+        return x.view(x.shape[0], blocks, -1).permute(1, 2, 0)
+
+    gates = rows.gates.transpose(0, 1).flatten(1, 2)  # [G, T*B, 3d]
+    inputs = rows.embedded_norm.active.flatten(0, 1).flatten(1)  # [T*B, 2U]
+    active = rows.hidden_norm.active.flatten(0, 1)  # [T*B, D]
+    own = torch.bmm(split(flat_deter), hidden.view(hidden.shape[0], blocks, -1).transpose(0, 1))
+    core_grads = CoreWeights(
+        deter_in=embedded[:, 0].t() @ flat_deter,
+        deter_bias=embedded[:, 0].sum(0),
+        stoch_in=embedded[:, 1].t() @ stoch.flatten(0, 1),
+        stoch_bias=embedded[:, 1].sum(0),
+        in_scale=rows.embedded_norm.scale_grad(rows.embedded_x, 2),
+        own=own,
+        shared=inputs.t() @ hidden,
+        scale=rows.hidden_norm.scale_grad(rows.hidden_x, 1),
+        gates=torch.bmm(split(active), gates),
+        gates_bias=gates.sum(1, keepdim=True),
+    )
+    posterior_grads = PosteriorWeights(
+        deter_in=read.t() @ saved.deter.flatten(0, 1),
+        scale=rows.read_norm.scale_grad(rows.read_x, 1),
+        logits=logits.t() @ rows.read_norm.active.flatten(0, 1),
+        logits_bias=logits.sum(0),
+    )
+    return (*core_grads, *posterior_grads)
