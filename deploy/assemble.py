@@ -19,11 +19,10 @@ from system.specs import EnvSpec, TableSpec
 from system.wire import OPEN, Security
 
 if TYPE_CHECKING:
-    from replay.service import ShardServer
-
     from actors.actor import Actor
     from replay.limiter import RateLimiter
     from replay.reader import LocalReader
+    from replay.service import ShardServer
     from replay.shard import ReplayShard
     from system.interfaces import Policy
     from system.params.server import ParameterServer
@@ -67,7 +66,6 @@ def replay_shard(
     config: RunConfig, env_spec: EnvSpec, run_dir: str, index: int, port: int, metrics: Metrics
 ) -> tuple[ReplayShard, ShardServer]:
     from replay.service import serve_shard
-
     from replay.shard import ReplayShard
 
     shard = ReplayShard(
@@ -97,7 +95,6 @@ def replay_reader(
     config: RunConfig, env_spec: EnvSpec, run_dir: str, shards: tuple[str, ...], metrics: Metrics
 ) -> LocalReader:
     from replay.client import GrpcShardControl
-
     from replay.reader import LocalReader
 
     return LocalReader(
@@ -136,10 +133,9 @@ def actor(
     shard_addresses: tuple[str, ...],
     metrics: Metrics,
 ) -> Actor:
-    from replay.client import GrpcReplayWriter
-
     from actors.actor import Actor
     from actors.envs.catalog import make_env
+    from replay.client import GrpcReplayWriter
     from system.params.client import GrpcWeightSource
 
     table = table_spec(config, env_spec)

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -283,17 +284,22 @@ class Driver:
     def _drain(self) -> None:
         """Stop the actors; their last chunks are acknowledged before they end."""
         self._draining = True
-        for key in [k for k in self._specs if k.startswith("actor")]:
-            self.fleet.stop(key, timeout=20.0)
+        self._stop_all("actor", timeout=20.0)
         self.run_dir.event("collection ended", env_steps=self.progress.env_steps)
+
+    def _stop_all(self, role: str, timeout: float) -> None:
+        """Stop all processes of a role side by side."""
+        keys = [key for key in self._specs if key.startswith(f"{role}-")]
+        with ThreadPoolExecutor(max_workers=min(32, max(1, len(keys)))) as pool:
+            for key, status in zip(keys, pool.map(lambda k: self.fleet.stop(k, timeout), keys), strict=True):
+                if status.state == "failed":
+                    self.run_dir.event("role lost", role=key, reason=status.error)
 
     def stop(self) -> None:
         """Stop everything in flow order, the learner with a final checkpoint."""
         if not self._draining:
             self._drain()
         for role in ("learner", "shard", "params"):
-            for key in [k for k in self._specs if k.startswith(role)]:
-                status = self.fleet.stop(key, timeout=60.0)
-                if status.state == "failed":
-                    self.run_dir.event("role lost", role=key, reason=status.error)
+            self._stop_all(role, timeout=60.0)
+        self._count(self.fleet.statuses())
         self.run_dir.event("run stopped", env_steps=self.progress.env_steps, updates=self.progress.updates)

@@ -66,9 +66,8 @@ def load_agent(path: Path) -> tuple[RunConfig, EnvSpec, Any, Mapping[str, Any]]:
 
     Raises: ConfigError without a checkpoint or for another model; IntegrityError for a broken one.
     """
-    from learner.checkpoint import CheckpointStore, check_signature
-
     from deploy.learner_role import signature
+    from learner.checkpoint import CheckpointStore, check_signature
 
     config, env_spec = open_run(path)
     store = CheckpointStore(RunDirectory(path).checkpoints, keep=config.learner.keep_checkpoints)

@@ -119,8 +119,6 @@ class LearnerRole:
     def stop(self) -> dict[str, Any]:
         """End the loop: it publishes and checkpoints once more."""
         self._stopping = True
-        tick: LearnerTick | None = None
-        for tick in self._loop:
-            pass
+        ticks = list(self._loop)
         self._reader.close()
-        return self._status(tick)
+        return self._status(ticks[-1] if ticks else None)
