@@ -56,7 +56,9 @@ def imported(files: list[Path]) -> set[str]:
 
 def test_no_installed_distribution_owns_our_names(rooms: tuple[str, ...]) -> None:
     owners = packages_distributions()
-    assert not {room: owners[room] for room in rooms if set(owners.get(room, [])) - {"dreamfleet"}}
+    assert not {
+        name: owners[name] for name in (*rooms, "tests") if set(owners.get(name, [])) - {"dreamfleet"}
+    }
 
 
 def test_every_third_party_import_is_declared(
@@ -65,7 +67,7 @@ def test_every_third_party_import_is_declared(
     allowed = {*declared(project, dev=False), *declared(project, dev=True), *extras(project), "packaging"}
     owners = packages_distributions()
     stray = {}
-    for name in imported(sources) - set(rooms):
+    for name in imported(sources) - {*rooms, "tests"}:
         distributions = {canonicalize_name(d) for d in owners.get(name, [name])}
         if not distributions & allowed:
             stray[name] = sorted(distributions)
