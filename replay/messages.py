@@ -65,7 +65,7 @@ def from_message(table: TableSpec, message: AppendRequest) -> list[Chunk]:
     if message.schema != table.digest:
         raise RejectedError(
             "schema",
-            f"sender's schema is {message.schema[:12]!r}, the replay's {table.digest[:12]!r}; start the sender "
+            f"sender's schema is {message.schema[:12]!r}, the replay's {table.digest[:12]!r}; start it "
             "with the environment and settings of this run",
         )
     return [_chunk(table, rows) for rows in message.chunks]
