@@ -43,8 +43,13 @@ def digest_of(arrays: Mapping[str, NDArray[np.generic]]) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
-        sha.update(memoryview(array.reshape(-1)).cast("B") if array.size else b"")
+        sha.update(array.reshape(-1).data.cast("B") if array.size else b"")
     return sha.hexdigest()
+
+
+def nonfinite(arrays: Mapping[str, NDArray[np.generic]]) -> list[str]:
+    """Names of the floating-point arrays that hold NaN or infinity."""
+    return [k for k, v in arrays.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

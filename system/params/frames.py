@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from system.errors import RejectedError
 from system.params.weights_pb2 import Frame
-from system.weights import NO_VERSION, PolicyVersion, Weights
+from system.weights import NO_VERSION, PolicyVersion, Weights, nonfinite
 from system.wire import FRAME_BYTES
 
 ALIGN = 64
@@ -117,11 +117,6 @@ def check_content(weights: Weights) -> None:
             "nonfinite",
             f"weights {tuple(weights.version)} hold NaN or infinity in {broken[:3]}; roll the learner back",
         )
-
-
-def nonfinite(arrays: Mapping[str, NDArray[np.generic]]) -> list[str]:
-    """Names of floating-point arrays that hold NaN or infinity."""
-    return [k for k, v in arrays.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]
 
 
 def _fill(stream: Iterator[Frame], nbytes: int) -> NDArray[np.uint8]:
