@@ -139,6 +139,7 @@ class RayFleet:
             else:
                 self._local = LocalRay()
         self._node = ray.get_runtime_context().get_node_id()
+        self._trial = get_current_placement_group()
 
     # -- launching --------------------------------------------------------------------------------
 
@@ -155,13 +156,7 @@ class RayFleet:
         self._lives[spec.key] = _Life(spec=spec, actor=actor, heard=time.monotonic())
 
     def _options(self, spec: RoleSpec) -> dict[str, Any]:
-        # A local Ray serves this run alone: there is nothing to share, so nothing can be short.
-        booked = {} if self._local else role_resources(spec.role, spec.config, self._gpus())
-        if booked.get("GPU") and not self._gpus():
-            raise PreflightError(
-                f"learner.device ({spec.config['learner']['device']}) needs a GPU and Ray has none where "
-                "this driver runs; start the driver on a GPU node or use --set learner.device=cpu"
-            )
+        booked = self._booked(spec)
         return {
             "num_cpus": booked.get("CPU", 0.0),
             "num_gpus": booked.get("GPU", 0.0),
@@ -172,36 +167,48 @@ class RayFleet:
             "scheduling_strategy": self._place(spec),
         }
 
+    def _booked(self, spec: RoleSpec) -> dict[str, float]:
+        """What this role books in Ray. Raises: PreflightError for a GPU that Ray would await for ever."""
+        if self._local:
+            return {}  # a local Ray serves this run alone: there is nothing to share
+        if self._trial is not None and spec.role != "actor":
+            return {}  # the trial's own process booked the learner's share: see Dreamfleet
+        here = next(node for node in ray.nodes() if node["NodeID"] == self._node)
+        gpus = float(here["Resources"].get("GPU", 0.0))
+        booked = role_resources(spec.role, spec.config, gpus)
+        if booked.get("GPU", 0.0) > gpus:
+            raise PreflightError(
+                f"learner.device ({spec.config['learner']['device']}) needs a GPU and Ray has none on this "
+                "driver's node; start the driver on a GPU node or use --set learner.device=cpu"
+            )
+        return booked
+
+    def _place(self, spec: RoleSpec) -> Any:
+        """Services and learner beside the driver; actors in their bundles of a Tune trial, or anywhere."""
+        if spec.role != "actor":
+            return NodeAffinitySchedulingStrategy(self._node, soft=False)
+        others = len(self._trial.bundle_specs) - 1 if self._trial is not None else 0
+        if not others:
+            return "SPREAD"
+        bundle = 1 + spec.index % others
+        return PlacementGroupSchedulingStrategy(self._trial, placement_group_bundle_index=bundle)
+
     def _environment(self, spec: RoleSpec) -> dict[str, str]:
         root = str(Path(__file__).resolve().parent.parent)
-        learner, device = spec.role == "learner", str(spec.config["learner"]["device"])
+        learner = spec.role == "learner"
         values = {
             "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(spec.config["learner"]["threads"]) if learner else "1",
         }
         if not learner:
-            values["CUDA_VISIBLE_DEVICES"] = ""
-        elif self._local or ":" in device:  # cuda:N counts the machine's devices, not the ones Ray assigned
+            return values | {"CUDA_VISIBLE_DEVICES": ""}
+        if self._trial is not None:
+            values["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if self._local or self._trial is not None or ":" in str(spec.config["learner"]["device"]):
+            # cuda:N counts the machine's devices; what Ray would assign by itself hides all but one.
             values["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
         return values
-
-    def _place(self, spec: RoleSpec) -> Any:
-        """Inside a Tune trial: the trial's own bundles. Else: the driver's node, actors anywhere."""
-        group = get_current_placement_group()
-        if group is not None:
-            others = len(group.bundle_specs) - 1
-            index = 1 + spec.index % others if spec.role == "actor" and others else 0
-            return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-        return "SPREAD" if spec.role == "actor" else NodeAffinitySchedulingStrategy(self._node, soft=False)
-
-    def _gpus(self) -> float:
-        """GPUs that the learner could book: the trial's, or those of this node."""
-        group = get_current_placement_group()
-        if group is not None:
-            return float(group.bundle_specs[0].get("GPU", 0.0))
-        here = next(node for node in ray.nodes() if node["NodeID"] == self._node)
-        return float(here["Resources"].get("GPU", 0.0))
 
     # -- watching ---------------------------------------------------------------------------------
 
@@ -231,7 +238,8 @@ class RayFleet:
         except ActorUnavailableError:
             return  # a network hiccup, or death not yet confirmed: the next call tells
         except RayError as error:
-            life.lost = str(error).strip()
+            reason = str(error).strip().splitlines()[-1]
+            life.lost = reason.split(" Some common causes include")[0]
             return
         path = self._run_dir / "status" / f"{life.spec.key}.json"
         write_atomic(path, json.dumps(life.record))

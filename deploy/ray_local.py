@@ -68,14 +68,18 @@ class LocalRay:
         self._directory = tempfile.mkdtemp(
             prefix="dreamfleet-", dir=base if len(base) <= LONGEST_TEMPORARY else "/tmp"
         )
-        join_ray(
-            "local",
-            num_cpus=1,  # prestarts one worker; roles of a local run book no CPU
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            _temp_dir=self._directory,
-            _node_ip_address="127.0.0.1",
-        )
+        try:
+            join_ray(
+                "local",
+                num_cpus=1,  # prestarts one worker; roles of a local run book no CPU
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _temp_dir=self._directory,
+                _node_ip_address="127.0.0.1",
+            )
+        except InfrastructureError:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise
         reaper = Path(__file__).with_name("ray_reaper.py")
         self._reaper = subprocess.Popen(
             [sys.executable, "-P", str(reaper), str(os.getpid()), self._directory],
