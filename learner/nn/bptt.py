@@ -2,9 +2,9 @@
 
 Autograd through T steps runs some 200 small operations per step and accumulates every weight gradient T
 times. Here the forward pass keeps a few tensors per step, everything in the backward pass that depends on
-them alone is computed for all steps at once, the backward loop moves only the state's gradient, and each weight
-gradient is one matrix product at the end. `reference_rollout` is the same loop under autograd and the oracle
-of its tests.
+them alone is computed for all steps at once, the backward loop moves only the gradient of the state, and each
+weight gradient is one matrix product at the end. `reference_rollout` is the same loop under autograd and the
+oracle of its tests.
 
 Letters: B batch, T time, D deter, S variables, C classes, Z = C*S, U hidden units, G blocks, d = D / G.
 """
