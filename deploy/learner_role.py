@@ -34,6 +34,15 @@ def signature(config: RunConfig, env_spec: EnvSpec) -> dict[str, Any]:
     return {"family": config.learner.family, **flatten(family, "settings."), **spaces}
 
 
+def taken(request: Path) -> bool:
+    """True once for each time somebody creates the file `request`."""
+    try:
+        request.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 class LearnerRole:
     """Trains as fast as the limiter allows, publishes, checkpoints; one loop, advanced in slices."""
 
@@ -78,6 +87,7 @@ class LearnerRole:
             store,
             signature=named,
             checkpoint_seconds=config.learner.checkpoint_seconds,
+            checkpoint_asked=lambda: taken(run_dir.checkpoint_request),
             until=lambda: self._stopping,
             progress=progress,
             metrics=self.metrics,

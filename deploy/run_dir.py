@@ -55,6 +55,9 @@ class RunDirectory:
     config_file = property(lambda self: self.path / "run.json")
     env_file = property(lambda self: self.path / "env_spec.json")
     summary_file = property(lambda self: self.path / "summary.json")
+    incarnations_file = property(lambda self: self.path / "incarnations.json")
+    checkpoint_request = property(lambda self: self.path / "checkpoint.asked")
+    """Whoever creates this file gets a checkpoint: the learner takes the file away and saves."""
 
     @property
     def exists(self) -> bool:
@@ -100,7 +103,7 @@ class RunDirectory:
 
     def next_incarnation(self, role: str, index: int) -> int:
         """Count one more life of a role; grows over restarts and resumes, so a zombie is recognised."""
-        path = self.path / "incarnations.json"
+        path = self.incarnations_file
         counts: dict[str, int] = read_json(path) if path.exists() else {}
         key = f"{role}-{index}"
         counts[key] = counts.get(key, 0) + 1

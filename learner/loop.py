@@ -88,6 +88,7 @@ def learn_loop(
     signature: Mapping[str, Any],
     checkpoint_seconds: float,
     checkpoint_on_start: bool = True,
+    checkpoint_asked: Callable[[], bool] = never,
     total_updates: int | None = None,
     until: Callable[[], bool] = never,
     progress: Progress | None = None,
@@ -97,9 +98,10 @@ def learn_loop(
 ) -> Iterator[LearnerTick]:
     """Train until `total_updates` or until() is true, then publish, checkpoint and end; one tick per update.
 
-    `checkpoint_on_start` fixes the new epoch on disk before a version of it is published. `rollback_after`
-    non-finite updates in a row go back to the newest checkpoint. Batches and publisher are stopped
-    however the loop ends; closing the generator leaves without a checkpoint.
+    `checkpoint_on_start` fixes the new epoch on disk before a version of it is published. When
+    checkpoint_asked(), called once per tick, is true there is one more. `rollback_after` non-finite
+    updates in a row go back to the newest checkpoint. Batches and publisher are stopped however the loop
+    ends; closing the generator leaves without a checkpoint.
     Raises: DivergedError when non-finite updates go on after a rollback, DeadlineError after
     `starve_seconds` without a batch, PreflightError when the first or last checkpoint cannot be written.
     """
@@ -116,13 +118,14 @@ def learn_loop(
         while not until() and (total_updates is None or done.updates < total_updates):
             sequence, waited = feed.next()
             if sequence is None:
-                yield _tick(cut, {}, waited, 0.0, waiting=feed.why)
+                saved = cut.save_if_due(math.inf, asked=checkpoint_asked())
+                yield _tick(cut, {}, waited, 0.0, checkpoint=saved, waiting=feed.why)
                 continue
             values, seconds = _update(agent, batches, sequence, done, metrics)
             saved = None
             if guard.accept(values):
                 publisher.after_update()
-                saved = cut.save_if_due(checkpoint_seconds)
+                saved = cut.save_if_due(checkpoint_seconds, asked=checkpoint_asked())
             yield _tick(cut, values, waited, seconds, checkpoint=saved)
         _finish(cut, publisher, healthy=guard.healthy)
     finally:
@@ -249,9 +252,9 @@ class _Cut:
         self.metrics["learner_checkpoint_unixtime"].set_to_current_time()
         return path
 
-    def save_if_due(self, every_seconds: float) -> Path | None:
-        """As save, every so often; a full disk only postpones it, earlier checkpoints are still there."""
-        if time.monotonic() - self._last < every_seconds:
+    def save_if_due(self, every_seconds: float, *, asked: bool) -> Path | None:
+        """As save, when asked or every so often; a full disk only postpones it, earlier ones stay."""
+        if not asked and time.monotonic() - self._last < every_seconds:
             return None
         try:
             return self.save()

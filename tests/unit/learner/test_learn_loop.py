@@ -119,6 +119,29 @@ def test_checkpoints_come_when_due(learner: Learner):
     assert [int(path.name.split("-")[1]) for path in saved] == [1, 2, 3, 4, 5]
 
 
+def test_an_asked_checkpoint_comes_at_once_even_while_waiting_for_data(learner: Learner):
+    asked = threading.Event()
+
+    def take() -> bool:
+        was = asked.is_set()
+        asked.clear()
+        return was
+
+    ticks = learner.ticks(checkpoint_asked=take)
+    assert [next(ticks).checkpoint for _ in range(3)] == [None, None, None]
+    asked.set()
+    assert next(ticks).checkpoint.name.endswith("-4")
+    assert next(ticks).checkpoint is None
+    learner.batch_timeout = 0.05
+    learner.reader.open_gate.clear()
+    ticks.close()
+    ticks = learner.ticks(checkpoint_asked=take)
+    assert next(ticks).waiting
+    asked.set()
+    assert next(ticks).checkpoint.name.endswith("-5")
+    ticks.close()
+
+
 def test_a_failing_periodic_checkpoint_is_postponed_and_training_goes_on(
     learner: Learner, caplog: pytest.LogCaptureFixture
 ):
