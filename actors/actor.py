@@ -12,23 +12,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from actors.loop import LoopStep, env_loop
+from actors.policy_feed import PolicyFeed, WarmingPolicy
 from actors.random_policy import RandomPolicy
 from actors.staging import Staging
-from system.errors import ConfigError, DeadlineError, InfrastructureError, IntegrityError
-from system.experience import Chunk, EpisodeStats, Step
-from system.interfaces import Mode, Policy, ReplayWriter, VectorEnv, WeightSource
+from system.errors import ConfigError, DeadlineError
+from system.experience import Chunk, EpisodeStats
+from system.interfaces import Policy, ReplayWriter, VectorEnv, WeightSource
 from system.metrics import Metrics
 from system.seeds import child_seed
 from system.specs import TableSpec
-from system.weights import NO_VERSION, PolicyVersion, Weights
+from system.weights import PolicyVersion
 
 log = logging.getLogger(__name__)
+
+MIN_WAIT = 0.1  # seconds an append gets even at the end of a slice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,41 +77,39 @@ class Actor:
         max_weights_age: float | None = None,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Times are seconds. `max_weights_age` stops acting while the source is silent for longer.
 
         Raises: ConfigError for a chunk or time that cannot be; SchemaError when table, environment
         and policy disagree.
         """
-        if chunk_rows < 1 or chunk_seconds <= 0 or append_timeout <= 0 or pull_timeout <= 0:
+        if chunk_rows < 1 or chunk_seconds <= 0 or append_timeout <= 0:
             raise ConfigError(
-                f"chunk_rows ({chunk_rows}) must be >= 1 and chunk_seconds ({chunk_seconds}), append_timeout "
-                f"({append_timeout}), pull_timeout ({pull_timeout}) > 0; correct the actor's settings"
+                f"chunk_rows ({chunk_rows}) must be >= 1, chunk_seconds ({chunk_seconds}) and "
+                f"append_timeout ({append_timeout}) > 0; correct the actor's settings"
             )
         self._index = index
         self._incarnation = incarnation
         self._env = env
         self._writer = writer
-        self._source = source
         self._chunk_seconds = chunk_seconds
         self._append_timeout = append_timeout
-        self._pull_seconds = pull_seconds
-        self._pull_timeout = pull_timeout
-        self._wait_for_policy = wait_for_policy
-        self._max_weights_age = max_weights_age
         self._metrics = metrics
         self._clock = clock
+        self._sleep = sleep
         own_seed = child_seed(seed, "actor", index, "incarnation", incarnation)
         warmup = RandomPolicy(env.spec.action, own_seed, table.overlay)
-        self._policy = _WarmingPolicy(warmup, policy)
+        self._policy = WarmingPolicy(warmup, policy)
+        self._feed = PolicyFeed(
+            self._policy, source,
+            pull_seconds=pull_seconds, pull_timeout=pull_timeout, wait_for_policy=wait_for_policy,
+            max_weights_age=max_weights_age, metrics=metrics, clock=clock,
+        )  # fmt: skip
         self._staging = Staging(index, incarnation, env.num_envs, table, policy.columns, chunk_rows)
         self._unacknowledged: list[Chunk] = []
         self._unacknowledged_rows = 0
-        self._lag = 0
-        now = clock()
-        self._next_pull = now
-        self._source_answered = now
-        self._flushed = now
+        self._flushed = clock()
         self._restarts_seen: Counter[str] = Counter()
         env.start(own_seed)
         self._loop = env_loop(env, self._policy, "train", timeout=env_timeout)
@@ -120,7 +117,7 @@ class Actor:
             metrics["actor_incarnation"].set(incarnation)
 
     def run(self, seconds: float) -> ActorReport:
-        """Collect for about `seconds`; returns earlier than one append or pull timeout after that.
+        """Collect for about `seconds`; a pull or a wait for rows may end up to its timeout later.
 
         Raises: EnvError, DivergedError, RejectedError, SchemaError: the actor is then spent, and a
         successor must take a new incarnation.
@@ -128,16 +125,15 @@ class Actor:
         begin = self._clock()
         until = begin + seconds
         slice_ = _Slice()
-        while (now := self._clock()) < until:
-            if now >= self._next_pull or self._must_wait_for_weights(now):
-                self._pull(until, slice_)
-                if self._must_wait_for_weights(self._clock()):
-                    continue
+        while self._clock() < until:
+            self._refresh(until, slice_)
+            if self._feed.must_wait:
+                continue
             if self._unacknowledged:
-                self._append(min(self._append_timeout, max(until - self._clock(), 0.01)), slice_)
+                self._append(min(self._append_timeout, max(until - self._clock(), MIN_WAIT)), slice_)
                 continue
             self._take(next(self._loop), slice_)
-            if self._staging.full or (self._clock() - self._flushed >= self._chunk_seconds):
+            if self._staging.full or self._clock() - self._flushed >= self._chunk_seconds:
                 self._flush()
         return self._report(slice_, self._clock() - begin)
 
@@ -161,6 +157,17 @@ class Actor:
             self._env.close()
             self._writer.close()
         return lost
+
+    def _refresh(self, until: float, slice_: _Slice) -> None:
+        """Pull weights when it is time to; wait for that time when nothing may be done before."""
+        begin = self._clock()
+        if begin >= self._feed.next_pull:
+            self._feed.pull()
+        elif not self._feed.must_wait:
+            return
+        else:
+            self._sleep(max(min(self._feed.next_pull, until) - begin, 0.0))
+        slice_.waits["weights"] += self._clock() - begin
 
     def _take(self, rows: LoopStep, slice_: _Slice) -> None:
         self._staging.add(rows)
@@ -187,36 +194,6 @@ class Actor:
             self._unacknowledged_rows = 0
         slice_.waits["append"] += self._clock() - begin
 
-    def _must_wait_for_weights(self, now: float) -> bool:
-        if self._wait_for_policy and self._policy.version == NO_VERSION:
-            return True
-        return self._max_weights_age is not None and now - self._source_answered > self._max_weights_age
-
-    def _pull(self, until: float, slice_: _Slice) -> None:
-        """Load newer weights if there are any. A silent source is waited for only when we must."""
-        begin = self._clock()
-        waiting = self._must_wait_for_weights(begin)
-        timeout = min(self._pull_timeout, max(until - begin, 0.01))
-        newer: Weights | None = None
-        try:
-            newer = self._source.latest(self._policy.version, timeout)
-            self._source_answered = self._clock()
-        except (DeadlineError, InfrastructureError, IntegrityError) as error:
-            log.warning("weights not fetched", extra={"actor": self._index, "error": str(error)})
-        if newer is not None and newer.version > self._policy.version:
-            self._load(newer)
-        now = self._clock()
-        slice_.waits["weights"] += now - begin
-        self._next_pull = now + (min(self._pull_seconds, 0.05) if waiting else self._pull_seconds)
-
-    def _load(self, newer: Weights) -> None:
-        used = self._policy.version
-        self._lag = newer.version.counter - used.counter if newer.version.epoch == used.epoch else 0
-        self._policy.load(newer)
-        if self._metrics is not None:
-            self._metrics["actor_policy_lag_versions"].observe(self._lag)
-            self._metrics["actor_policy_version"].set(newer.version.counter)
-
     def _report(self, slice_: _Slice, wall: float) -> ActorReport:
         counts = Counter(getattr(self._env, "restarts", {}))
         restarts = counts - self._restarts_seen
@@ -231,8 +208,8 @@ class Actor:
             pending=self._unacknowledged_rows + self._staging.rows,
             episodes=tuple(slice_.episodes),
             policy_version=self._policy.version,
-            lag=self._lag,
-            weights_age=self._clock() - self._source_answered,
+            lag=self._feed.lag,
+            weights_age=self._feed.age,
             waits=dict(slice_.waits),
             restarts=dict(restarts),
             wall=wall,
@@ -259,28 +236,3 @@ class _Slice:
         self.acknowledged = 0
         self.episodes: list[EpisodeStats] = []
         self.waits: dict[str, float] = {"env": 0.0, "policy": 0.0, "append": 0.0, "weights": 0.0}
-
-
-class _WarmingPolicy:
-    """Random until the first weights arrive, the real policy from then on."""
-
-    def __init__(self, warmup: RandomPolicy, policy: Policy) -> None:
-        self._warmup = warmup
-        self._policy = policy
-        self.version = policy.version
-        self.columns = policy.columns
-
-    def initial(self, num_envs: int) -> Any:
-        return self._policy.initial(num_envs)
-
-    def act(
-        self, carry: Any, step: Step, mode: Mode
-    ) -> tuple[NDArray[np.generic], Any, dict[str, NDArray[np.generic]]]:
-        if self.version > NO_VERSION:
-            return self._policy.act(carry, step, mode)
-        action, _, extras = self._warmup.act(None, step, mode)
-        return action, carry, extras
-
-    def load(self, weights: Weights) -> None:
-        self._policy.load(weights)
-        self.version = weights.version

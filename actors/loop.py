@@ -42,8 +42,12 @@ class EpisodeTracker:
     def update(self, step: Step, version: PolicyVersion) -> tuple[EpisodeStats, ...]:
         """Count rows [n] and return the episodes they end."""
         ids = step.env_id
-        self._score[ids] = np.where(step.is_first, 0.0, self._score[ids]) + step.reward
-        self._length[ids] = np.where(step.is_first, 0, self._length[ids] + 1)
+        if step.is_first.any():
+            begun = ids[step.is_first]
+            self._score[begun] = 0
+            self._length[begun] = -1
+        self._score[ids] += step.reward
+        self._length[ids] += 1
         if not step.is_last.any():
             return ()
         return tuple(

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from actors.loop import LoopStep
 from system.errors import DivergedError, SchemaError
 from system.experience import Chunk, StreamId
-from system.specs import ArraySpec, TableSpec
+from system.specs import RESERVED, ArraySpec, TableSpec
 
 Array = NDArray[np.generic]
+Where = tuple[slice, int] | tuple[NDArray[np.int32], NDArray[np.intp]]  # the rows [n] inside [N, T]
 
 
 class Staging:
@@ -45,6 +46,8 @@ class Staging:
         self._num_envs = num_envs
         self._capacity = chunk_rows + 1  # and the row held back
         self._specs = table.all
+        self._obs = tuple(table.columns.keys() - RESERVED)
+        self._ids = np.arange(num_envs, dtype=np.int32)
         self._extras = tuple(name for name, spec in table.overlay.items())
         self._floats = tuple(n for n, s in table.overlay.items() if np.dtype(s.dtype).kind == "f")
         self._episode = np.full(num_envs, -1, np.int32)  # [N]
@@ -57,7 +60,8 @@ class Staging:
     def _fresh(self) -> dict[str, Array]:
         shape = (self._num_envs, self._capacity)
         rows: dict[str, Array] = {
-            name: np.empty((*shape, *spec.shape), spec.dtype) for name, spec in self._specs.items()
+            name: (np.zeros if name in self._floats else np.empty)((*shape, *spec.shape), spec.dtype)
+            for name, spec in self._specs.items()
         }
         rows["incarnation"][...] = self._incarnation
         return rows
@@ -80,50 +84,51 @@ class Staging:
         self._step[ids] = np.where(step.is_first, 0, self._step[ids] + 1)
         at = self._fill[ids]
         n = len(step)
-        for name, value in step.obs.items():
-            self._put(name, ids, at, value, n)
-        self._put("action", ids, at, rows.action, n)
+        # Slices write faster than index arrays, and lockstep environments always allow them.
+        lockstep = n == self._num_envs and bool((at == at[0]).all()) and bool((ids == self._ids).all())
+        where = (slice(None), int(at[0])) if lockstep else (ids, at)
+        for name in self._obs:
+            self._put(name, where, step.obs[name], n)
+        self._put("action", where, rows.action, n)
         for name in self._extras:
             if name not in rows.extras:
                 raise SchemaError(
                     f"the policy gave no column {name!r} though it declares it; mend Policy.act"
                 )
-            self._put(name, ids, at, rows.extras[name], n)
+            self._put(name, where, rows.extras[name], n)
         own = self._rows
-        own["reward"][ids, at] = step.reward
-        own["is_first"][ids, at] = step.is_first
-        own["is_last"][ids, at] = step.is_last
-        own["is_terminal"][ids, at] = step.is_terminal
-        own["episode"][ids, at] = self._episode[ids]
-        own["step"][ids, at] = self._step[ids]
-        own["policy_version"][ids, at] = rows.version.encoded
+        own["reward"][where] = step.reward
+        own["is_first"][where] = step.is_first
+        own["is_last"][where] = step.is_last
+        own["is_terminal"][where] = step.is_terminal
+        own["episode"][where] = self._episode[ids]
+        own["step"][where] = self._step[ids]
+        own["policy_version"][where] = rows.version.encoded
         self._fill[ids] = at + 1
         self.rows += n
 
-    def _put(self, name: str, ids: NDArray[np.int32], at: NDArray[np.intp], value: Array, n: int) -> None:
+    def _put(self, name: str, where: Where, value: Array, n: int) -> None:
         target = self._rows[name]
         if value.shape != (n, *target.shape[2:]) or value.dtype != target.dtype:
             raise SchemaError(
                 f"column {name!r} has shape {value.shape} dtype {value.dtype}, the table wants "
                 f"{(n, *target.shape[2:])} {target.dtype}; mend the policy or environment that made it"
             )
-        target[ids, at] = value
+        target[where] = value
 
     def flush(self, *, everything: bool = False) -> list[Chunk]:
         """Cut one chunk per stream that has rows to give; `everything` includes those held back.
 
         Raises: DivergedError when a policy column holds NaN or infinity.
         """
+        for name in self._floats:
+            if not np.isfinite(self._rows[name]).all():  # rows not filled are zeros
+                raise DivergedError(f"policy column {name!r} holds NaN or infinity; roll the learner back")
         chunks: list[Chunk] = []
         held = np.zeros_like(self._open) if everything else self._open & (self._fill > 0)  # [N]
         give = self._fill - held  # [N]
         for env in np.flatnonzero(give):
             columns = {name: rows[env, : give[env]] for name, rows in self._rows.items()}  # [T, ...]
-            for name in self._floats:
-                if not np.isfinite(columns[name]).all():
-                    raise DivergedError(
-                        f"policy column {name!r} holds NaN or infinity; roll the learner back"
-                    )
             chunks.append(Chunk(stream=self._streams[env], columns=columns))
         old, self._rows = self._rows, self._fresh()  # never reused: a writer may keep the chunks
         keep = np.flatnonzero(held)

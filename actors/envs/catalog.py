@@ -41,14 +41,14 @@ def _builder(name: str, num_envs: int, options: EnvOptions, budget: RestartBudge
     if not colon or not prefix or not rest:
         raise ConfigError(_without_prefix(name))
     if prefix in ("envpool", "dmc"):
-        from actors.envs import envpool_envs
+        from actors.envs import envpool_door, envpool_envs
 
-        task = envpool_envs.dmc_task(rest) if prefix == "dmc" else rest
+        task = envpool_door.dmc_task(rest) if prefix == "dmc" else rest
         return lambda: envpool_envs.EnvpoolVectorEnv(task, num_envs, options=options, timeout=timeout)
     if prefix == "gym":
-        from actors.envs import gym_envs
+        from actors.envs import gym_catalog
 
-        return gym_envs.builder(rest, num_envs, options, budget, timeout)
+        return gym_catalog.builder(rest, num_envs, options, budget, timeout)
     if prefix == "toy":
         from actors.envs import toy
 

@@ -5,7 +5,7 @@ Crafter speaks an older reset/step protocol and is an extra: pip install crafter
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -17,7 +17,7 @@ from system.errors import ConfigError
 class Crafter(gymnasium.Env[NDArray[np.uint8], int]):
     """64x64x3 image, 17 discrete actions. Death terminates; the 10,000-step limit truncates."""
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (gymnasium declares it as an instance attribute)
 
     def __init__(self, size: int = 64, length: int = 10_000) -> None:
         try:

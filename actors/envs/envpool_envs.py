@@ -1,4 +1,4 @@
-"""Adapter `envpool:<Task>`: a C++ pool of environments behind our VectorEnv. The only door to envpool.
+"""Adapter `envpool:<Task>`: a C++ pool of environments behind our VectorEnv. `envpool_door` imports it.
 
 A pool must be built in the process that uses it: a forked copy hangs. Its recv blocks in C++ without a
 deadline, and bad input aborts the process, so every send is checked here and a hang is left to the
@@ -8,32 +8,25 @@ Letters: N environments, n rows of one call.
 
 from __future__ import annotations
 
-import difflib
 import logging
-import subprocess
-import sys
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.envs.envpool_door import load_envpool, prepare_pixels, unknown_task
 from actors.envs.faults import EnvFault
 from actors.envs.gate import SendGate
 from actors.envs.options import EnvOptions
 from actors.envs.spaces import ActionCodec, ObsCodec, with_default_drops
-from system.errors import ConfigError, EnvError, PreflightError
+from system.errors import ConfigError, EnvError
 from system.experience import Step
 from system.specs import EnvSpec
 
 log = logging.getLogger(__name__)
 
-OLDEST = (1, 2, 3)  # 0.8 with numpy 2 returned constant rows silently; below 1.2.3 EGL teardown crashes
 SEEDS = 2**31  # seeds are a C++ int
-
-GL_PRELOAD = "import ctypes; ctypes.CDLL('libEGL.so.1', mode=ctypes.RTLD_GLOBAL)"
-"""The wheel ships a private libEGL that hides GL from MuJoCo; loading the system's first mends it."""
 
 
 class EnvpoolVectorEnv:
@@ -59,7 +52,7 @@ class EnvpoolVectorEnv:
         if not 1 <= self._batch <= num_envs:
             raise ConfigError(f"env option batch_size ({self._batch}) must lie in [1, num_envs={num_envs}]")
         if self._kwargs.get("from_pixels"):
-            _prepare_pixels(task, self._kwargs, timeout)
+            prepare_pixels(task, self._kwargs, timeout)
         space, action_space = self._spaces()
         is_grid = task.startswith(("MiniGrid-", "BabyAI-"))
         options = with_default_drops(options, ("mission",) if is_grid else ())
@@ -248,32 +241,6 @@ class EnvpoolVectorEnv:
         self._pool = None  # the pool's threads end with its last reference, not with its close()
 
 
-def load_envpool() -> Any:
-    """The envpool module. Raises: ConfigError when it is absent or too old."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import envpool  # heavy, and absent on some platforms
-    except ImportError as error:
-        raise ConfigError(
-            f"envpool is not usable here ({error}); install envpool>=1.2.3 (Linux x86_64 or aarch64, "
-            "macOS arm64, Windows), or name the environment gym:<id>"
-        ) from error
-    found = tuple(int(part) for part in str(envpool.__version__).split(".")[:3] if part.isdigit())
-    if found < OLDEST:
-        raise ConfigError(
-            f"envpool {envpool.__version__} must be >= 1.2.3: older ones return wrong rows; upgrade it"
-        )
-    return envpool
-
-
-def unknown_task(task: str, known: list[str]) -> str:
-    """The message for a task envpool does not have, with the nearest ones."""
-    near = difflib.get_close_matches(task, known, n=4, cutoff=0.5)
-    hint = f"nearest: {', '.join(near)}" if near else "list them with envpool.list_all_envs()"
-    return f"envpool has no task {task!r}; {hint}"
-
-
 def _pool_kwargs(options: EnvOptions) -> dict[str, Any]:
     kwargs = dict(options.backend)
     if options.time_limit is not None:
@@ -284,38 +251,3 @@ def _pool_kwargs(options: EnvOptions) -> dict[str, Any]:
     if kwargs.get("from_pixels"):
         kwargs.setdefault("render_camera_id", 0)  # the suite's own camera; envpool's default flies freely
     return kwargs
-
-
-def _prepare_pixels(task: str, kwargs: Mapping[str, Any], timeout: float) -> None:
-    """Load GL so that MuJoCo finds it, after a child process showed that drawing does not kill it."""
-    code = (
-        f"{GL_PRELOAD}; import envpool, warnings; warnings.simplefilter('ignore'); "
-        f"envpool.make({task!r}, env_type='gymnasium', num_envs=1, **{dict(kwargs)!r}).reset()"
-    )
-    try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=timeout, check=False)
-        failed, said = done.returncode != 0, done.stderr.decode(errors="replace").strip()[-300:]
-    except subprocess.TimeoutExpired:
-        failed, said = True, f"no answer within {timeout:g} s"
-    if failed:
-        raise PreflightError(
-            f"cannot draw pixels of envpool:{task} on this machine ({said or 'the process died'}); install "
-            "libegl1 libgl1 libopengl0 libegl-mesa0 libgl1-mesa-dri, or leave from_pixels out"
-        )
-    import ctypes
-
-    ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)
-
-
-def dmc_task(name: str) -> str:
-    """The envpool task of a control suite name, e.g. walker_walk -> WalkerWalk-v1.
-
-    Raises: ConfigError with the nearest names when there is none.
-    """
-    known = load_envpool().list_all_envs()
-    by_flat = {task.lower(): task for task in known if task.endswith("-v1")}
-    found = by_flat.get(f"{name.replace('_', '').replace('-', '').lower()}-v1")
-    if found is None:
-        camel = "".join(part.capitalize() for part in name.split("_"))
-        raise ConfigError(f"dmc:{name} is no control suite task here: {unknown_task(f'{camel}-v1', known)}")
-    return found

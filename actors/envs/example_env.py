@@ -6,7 +6,7 @@ vectors, actions are continuous, episodes end by a time limit.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 class LineWorld(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     """State: position and velocity in [-1, 1]; reward: 1 - distance to the target, each step."""
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (gymnasium declares it as an instance attribute)
 
     def __init__(self, time_limit: int = 50) -> None:
         one = gymnasium.spaces.Box(-2.0, 2.0, (1,), np.float32)

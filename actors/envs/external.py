@@ -18,7 +18,8 @@ import gymnasium.wrappers
 
 from actors.envs.checked import CheckedEnv
 from actors.envs.faults import RestartBudget
-from actors.envs.gym_envs import GUARDED, GymVectorEnv, vector_settings, vectorize
+from actors.envs.gym_catalog import vector_settings
+from actors.envs.gym_envs import GUARDED, GymVectorEnv, vectorize
 from actors.envs.options import EnvOptions
 from system.errors import ConfigError, DreamfleetError
 from system.interfaces import VectorEnv

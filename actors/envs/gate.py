@@ -19,7 +19,7 @@ class SendGate:
     def __init__(self, spec: ActionSpec, num_envs: int) -> None:
         self._spec = spec
         self._dtype = np.dtype(spec.dtype)
-        self._classes = np.asarray(spec.classes, np.int32)
+        self._classes = np.asarray(spec.classes, np.uint32)
         self._num_envs = num_envs
         self.owed: NDArray[np.bool_] = np.zeros(num_envs, np.bool_)  # [N], shown and not answered
 
@@ -68,7 +68,7 @@ class SendGate:
     def _check_values(self, action: NDArray[np.generic]) -> None:
         if self._spec.kind == "discrete":
             index = action.astype(np.int32, copy=False)
-            if (index < 0).any() or (index >= self._classes).any():
+            if (index.view(np.uint32) >= self._classes).any():  # negative ones become huge
                 raise EnvError(
                     f"discrete action outside [0, {self._spec.classes}): "
                     f"min {index.min(0).tolist()}, max {index.max(0).tolist()}; correct the policy"

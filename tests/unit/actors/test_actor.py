@@ -81,7 +81,14 @@ def make(
     table = TableSpec.of(env.spec, policy.columns)
     replay = Recording(table, tolerance=tolerance)
     source = source or MemoryWeights()
-    settings = {"chunk_rows": 4, "seed": 9, "clock": ticking(), "index": 2, "incarnation": 5} | settings
+    settings = {
+        "chunk_rows": 4,
+        "seed": 9,
+        "clock": ticking(),
+        "sleep": lambda seconds: None,
+        "index": 2,
+        "incarnation": 5,
+    } | settings
     actor = Actor(
         settings.pop("index"),
         settings.pop("incarnation"),
@@ -215,6 +222,21 @@ def test_a_blocked_replay_stops_the_environments_and_loses_nothing():
     assert actor.close() == 0
     for env in range(3):
         check_stream(replay.stream(env), env, child_seed(9, "actor", 2, "incarnation", 5))
+
+
+def test_a_silent_weight_source_is_asked_ever_less_often():
+    asked = []
+
+    class Counted(Silent):
+        def latest(self, newer_than, timeout):
+            asked.append(timeout)
+            return super().latest(newer_than, timeout)
+
+    actor, _, _ = make(source=Counted(), pull_seconds=0.01, pull_timeout=3.0)
+    assert actor.run(1.0).rows > 0
+    assert 3 <= len(asked) <= 12, "doubling pauses, not one call per 0.01 s"
+    assert set(asked) == {3.0}
+    actor.close()
 
 
 def test_rows_lost_at_close_are_counted():

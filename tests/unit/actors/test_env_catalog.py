@@ -9,7 +9,7 @@ import pytest
 from gymnasium import spaces
 
 from actors.envs.catalog import make_env
-from actors.envs.envpool_envs import dmc_task
+from actors.envs.envpool_door import dmc_task
 from actors.envs.faults import EnvFault
 from actors.envs.options import EnvOptions
 from actors.envs.spaces import ActionCodec, ObsCodec
