@@ -1,4 +1,4 @@
-"""Pixels of MuJoCo tasks: drawn, or refused with a remedy; never a dead process. Each in a child, for safety."""
+"""Pixels of MuJoCo tasks: drawn, or refused with a remedy; never a dead process. Each in a child."""
 
 import subprocess
 import sys
@@ -23,14 +23,8 @@ else:
 
 
 def child(code):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
