@@ -71,6 +71,8 @@ def twohot(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     distance = (bins[index] - size.unsqueeze(-1)).abs()  # [..., 2]
     distance = torch.where((index[..., 0] == index[..., 1]).unsqueeze(-1), 1.0, distance)
     weight = distance.flip(-1) / distance.sum(-1, keepdim=True)
+    # A target that is not finite must not pass for a large one: its weights, and the loss, become NaN.
+    weight = weight + (target - target).unsqueeze(-1)
     mirrored = (target < 0).unsqueeze(-1) & (index > 0)
     return torch.where(mirrored, index + half, index), weight
 

@@ -112,3 +112,9 @@ def test_loss_and_its_gradient_equal_the_float64_reference():
     expected = grad[:, None] * (1.5 * np.exp(log_probs) - codes)
     assert logits.grad is not None
     np.testing.assert_allclose(logits.grad.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_target_that_is_not_finite_makes_the_loss_nan(bad):
+    code = TwoHot.of(torch.zeros(2, COUNT), mirrored_bins(COUNT))
+    assert code.loss(torch.tensor([bad, 1.0])).isnan().tolist() == [True, False]
