@@ -37,14 +37,27 @@ class PolicyVersion(NamedTuple):
 NO_VERSION = PolicyVersion(0, 0)
 
 
+class Digest:
+    """sha256 over names, dtypes, shapes and bytes of arrays given in name order, one at a time."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def update(self, name: str, array: NDArray[np.generic]) -> None:
+        array = np.ascontiguousarray(array).reshape(array.shape)  # which makes 0-d arrays 1-d
+        self._sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        self._sha.update(array.reshape(-1).data.cast("B") if array.size else b"")
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()
+
+
 def digest_of(arrays: Mapping[str, NDArray[np.generic]]) -> str:
     """Hex sha256 over names, dtypes, shapes and bytes in name order."""
-    sha = hashlib.sha256()
+    digest = Digest()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
-        sha.update(array.reshape(-1).data.cast("B") if array.size else b"")
-    return sha.hexdigest()
+        digest.update(name, arrays[name])
+    return digest.hexdigest()
 
 
 def nonfinite(arrays: Mapping[str, NDArray[np.generic]]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from system.errors import RejectedError
 from system.params.weights_pb2 import Frame
-from system.weights import NO_VERSION, PolicyVersion, Weights, nonfinite
+from system.weights import NO_VERSION, Digest, PolicyVersion, Weights, digest_of, nonfinite
 from system.wire import FRAME_BYTES
 
 ALIGN = 64
@@ -95,17 +96,22 @@ def from_frames(frames: Iterable[Frame], *, limit_bytes: int, newer_than: Policy
             f"weights {tuple(header.version)} must be newer than {tuple(newer_than)}; "
             "a restarted learner takes the next epoch",
         )
-    buffer = _fill(stream, header.nbytes)
-    buffer.flags.writeable = False
+    buffer = np.empty(header.nbytes, np.uint8)
     arrays = {name: _view(buffer, dtype, shape, at) for name, dtype, shape, at in header.arrays}
+    actual = _fill(stream, buffer, arrays)
+    for array in arrays.values():
+        array.flags.writeable = False
     weights = Weights(version=header.version, arrays=arrays, digest=header.digest)
-    check_content(weights)
+    _check_content(weights, actual)
     return weights
 
 
 def check_content(weights: Weights) -> None:
     """Raises: RejectedError (digest, nonfinite) when bytes and digest disagree or a float is not finite."""
-    actual = Weights.of(weights.version, weights.arrays).digest
+    _check_content(weights, digest_of(weights.arrays))
+
+
+def _check_content(weights: Weights, actual: str) -> None:
     if actual != weights.digest:
         raise RejectedError(
             "digest",
@@ -119,26 +125,38 @@ def check_content(weights: Weights) -> None:
         )
 
 
-def _fill(stream: Iterator[Frame], nbytes: int) -> NDArray[np.uint8]:
-    buffer = np.empty(nbytes, np.uint8)
-    target, position = buffer.data, 0
+def _fill(
+    stream: Iterator[Frame], buffer: NDArray[np.uint8], arrays: Mapping[str, NDArray[np.generic]]
+) -> str:
+    """Copy all data frames into `buffer` and return the digest of the arrays that lie in it.
+
+    Each array is hashed as soon as it is whole, while the network fetches the next frames.
+    """
+    nbytes, target, position = len(buffer), buffer.data, 0
+    digest, waiting, whole = Digest(), deque(arrays.items()), 0
     for frame in stream:
-        due = min(FRAME_BYTES, nbytes - position)
+        data, due = frame.data, min(FRAME_BYTES, nbytes - position)
         if due == 0:
             raise RejectedError(
                 "oversize", f"stream carries more than the {nbytes} bytes its header declares; send it again"
             )
-        if len(frame.data) != due:
+        if len(data) != due:
             raise RejectedError(
-                "frame", f"frame at byte {position} must carry {due} bytes of data, has {len(frame.data)}"
+                "frame", f"frame at byte {position} must carry {due} bytes of data, has {len(data)}"
             )
-        target[position : position + due] = frame.data
+        target[position : position + due] = data
         position += due
+        while waiting and whole + _padded(waiting[0][1].nbytes) <= position:
+            name, array = waiting.popleft()
+            digest.update(name, array)
+            whole += _padded(array.nbytes)
     if position != nbytes:
         raise RejectedError(
             "truncated", f"stream ended after {position} bytes, its header declares {nbytes}; send it again"
         )
-    return buffer
+    for name, array in waiting:  # empty ones, which no frame completes
+        digest.update(name, array)
+    return digest.hexdigest()
 
 
 def _view(
