@@ -1,0 +1,213 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replay.credits import GrantSplitter, split_budget
+from replay.limiter import RateLimiter
+from system.errors import ConfigError, DeadlineError
+
+
+def limiter(ratio: float = 4.0, prefill: int = 100, tolerance: int = 50, least: int = 10) -> RateLimiter:
+    return RateLimiter(ratio, prefill, tolerance, least)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ((0.0, 100, 50, 10), "train_ratio"),
+        ((float("nan"), 100, 50, 10), "train_ratio"),
+        ((4.0, -1, 50, 10), "prefill_rows"),
+        ((4.0, 100, 0, 10), "tolerance_rows"),
+        ((4.0, 100, 50, 151), "min_rows .151. must be <= prefill_rows .100. \\+ tolerance_rows"),
+    ],
+)
+def test_impossible_settings_are_refused(values: tuple[float, int, int, int], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        RateLimiter(*values)
+
+
+def test_a_batch_too_large_for_the_band_is_refused_with_the_remedy() -> None:
+    limiter(1.0, tolerance=50).check_update(99)
+    with pytest.raises(ConfigError, match="raise tolerance_rows to 51 or more"):
+        limiter(1.0, tolerance=50).check_update(100)
+
+
+def test_training_waits_for_the_prefill_then_for_the_band() -> None:
+    it = limiter()
+    it.observe(99, 99, 50)
+    assert not it.can_train(1)
+    it.observe(100, 100, 50)
+    assert it.can_train(200)  # error 0, band 4 * 50
+    assert not it.can_train(201)
+
+
+def test_the_insert_budget_follows_training() -> None:
+    it = limiter()
+    it.observe(150, 150, 90)
+    assert it.insert_budget() == 150
+    it.record(8)
+    assert it.insert_budget() == 152
+
+
+def test_the_prefill_goes_on_while_no_sequence_can_start() -> None:
+    it = limiter()
+    it.observe(150, 150, 0)
+    assert not it.can_train(1)
+    assert it.insert_budget() == 200
+
+
+def test_lost_rows_may_be_collected_again_up_to_min_rows() -> None:
+    it = limiter(least=60)
+    it.observe(150, 20, 5)
+    assert it.insert_budget() == 190
+
+
+@given(
+    ratio=st.floats(0.01, 2000),
+    prefill=st.integers(0, 500),
+    update=st.integers(1, 4096),
+    slack=st.integers(0, 100),
+    insert_first=st.booleans(),
+    chunk=st.integers(1, 64),
+)
+def test_both_sides_stay_in_the_band_and_never_both_wait(
+    ratio: float, prefill: int, update: int, slack: int, insert_first: bool, chunk: int
+) -> None:
+    tolerance = int((update / ratio + 1) / 2) + 1 + slack
+    it = RateLimiter(ratio, prefill, tolerance, 1)
+    it.check_update(update)
+    inserted = 0
+    for _ in range(300):
+        it.observe(inserted, inserted, inserted)
+        may_train, may_insert = it.can_train(update), it.insert_budget() > inserted
+        assert may_train or may_insert
+        if may_insert and (insert_first or not may_train):
+            inserted += min(chunk, it.insert_budget() - inserted)
+        else:
+            it.record(update)
+        it.observe(inserted, inserted, inserted)
+        if it.prefilled and it.trained:
+            assert abs(it.error) <= ratio * (tolerance + 1) + 1e-3
+    if it.prefilled and inserted > prefill + 100 * tolerance:
+        assert it.held_ratio == pytest.approx(ratio, rel=0.02)
+
+
+@given(
+    before=st.integers(100, 10_000),
+    trained=st.integers(0, 40_000),
+    after=st.integers(0, 20_000),
+    ratio=st.sampled_from([1.0, 4.0, 64.0]),
+)
+def test_a_loaded_ledger_never_stops_both_sides(before: int, trained: int, after: int, ratio: float) -> None:
+    """Whatever rows were lost or gained between save and load, and whatever was set anew."""
+    old = limiter()
+    old.observe(before, before, before)
+    old.record(trained)
+    it = limiter(ratio, tolerance=200)
+    it.observe(after, after, after)
+    it.load(json.loads(json.dumps(old.state())))
+    assert it.trained == trained
+    inserted = after
+    for _ in range(20_000):
+        it.observe(inserted, inserted, inserted)
+        if it.can_train(64):
+            break
+        assert it.insert_budget() > inserted
+        inserted = it.insert_budget()
+        it.observe(inserted, inserted, inserted)
+    else:
+        pytest.fail("training never began")
+
+
+def test_a_ledger_loaded_beside_the_same_rows_is_the_same() -> None:
+    old, new = limiter(), limiter()
+    old.observe(500, 400, 300)
+    old.record(1000)
+    new.observe(500, 400, 300)
+    new.load(old.state())
+    assert (new.error, new.insert_budget(), new.trained) == (old.error, old.insert_budget(), 1000)
+
+
+def test_rows_newer_than_the_save_are_owed() -> None:
+    old, new = limiter(), limiter()
+    old.observe(500, 400, 300)
+    new.observe(700, 400, 300)
+    new.load(old.state())
+    assert new.error == old.error + 4 * 200
+
+
+def test_a_lost_replay_is_prefilled_again_and_then_trained_at_once() -> None:
+    old, new = limiter(), limiter()
+    old.observe(100_000, 5000, 4000)
+    old.record(399_600)
+    new.observe(0, 0, 0)
+    new.load(old.state())
+    assert new.insert_budget() == 150
+    new.observe(100, 100, 50)
+    assert new.can_train(64)
+    assert new.trained == 399_600
+
+
+def test_changing_the_ratio_keeps_what_is_owed_and_forgets_nothing_else() -> None:
+    it = limiter()
+    it.observe(300, 300, 200)
+    it.record(720)  # owes 80 trained rows = 20 inserted rows
+    it.adjust(train_ratio=64.0)
+    assert it.error == pytest.approx(64 * 20)
+    assert it.trained == 720
+    with pytest.raises(ConfigError):
+        it.adjust(tolerance_rows=0)
+
+
+@given(
+    budget=st.integers(0, 10_000),
+    shards=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 50), st.booleans()), max_size=6),
+)
+def test_grants_add_up_to_the_budget(budget: int, shards: list[tuple[int, int, bool]]) -> None:
+    inserted, waiting, alive = ([s[i] for s in shards] for i in range(3))
+    grants = split_budget(budget, inserted, waiting, alive)
+    free = max(0, budget - sum(inserted)) if any(alive) else 0
+    assert sum(grants) == sum(inserted) + free
+    for k, grant in enumerate(grants):
+        assert grant == inserted[k] or alive[k]
+
+
+def test_free_credit_goes_to_the_shards_that_wait() -> None:
+    assert split_budget(100, [40, 30, 10], [0, 7, 0], [True] * 3) == [40, 50, 10]
+    assert split_budget(100, [40, 30, 10], [0, 7, 0], [True, False, True]) == [50, 30, 20]
+
+
+class _Shard:
+    def __init__(self) -> None:
+        self.got: list[int] = []
+        self.dead = False
+
+    def grant(self, max_inserted: int) -> None:
+        if self.dead:
+            raise DeadlineError("no answer")
+        self.got.append(max_inserted)
+
+
+def test_a_dead_shard_is_left_alone_and_its_credit_goes_elsewhere() -> None:
+    shards = [_Shard(), _Shard()]
+    splitter = GrantSplitter(shards)
+    shards[1].dead = True
+    splitter.send(100, [0, 0], [0, 0], now=1.0)
+    assert (shards[0].got, shards[1].got, splitter.failures) == ([50], [], 1)
+    splitter.send(100, [0, 0], [0, 0], now=1.5)
+    assert (shards[0].got[-1], splitter.failures) == (100, 1)
+    shards[1].dead = False
+    splitter.send(100, [0, 0], [0, 0], now=2.1)
+    assert (shards[0].got[-1], shards[1].got) == (50, [50])
+
+
+def test_grants_are_repeated_after_forgetting() -> None:
+    shard = _Shard()
+    splitter = GrantSplitter([shard])
+    for _ in range(3):
+        splitter.send(10, [0], [0], now=0.0)
+    splitter.forget()
+    splitter.send(10, [0], [0], now=0.0)
+    assert shard.got == [10, 10]
