@@ -92,8 +92,15 @@ def rate_limiter(config: RunConfig) -> RateLimiter:
 
 
 def replay_reader(
-    config: RunConfig, env_spec: EnvSpec, run_dir: str, shards: tuple[str, ...], metrics: Metrics
+    config: RunConfig,
+    env_spec: EnvSpec,
+    run_dir: str,
+    shards: tuple[str, ...],
+    metrics: Metrics,
+    *,
+    limiter: RateLimiter | None = None,
 ) -> LocalReader:
+    """The learner's reader; with no `shards` and a limiter of one's own, a mere look into the replay."""
     from replay.client import GrpcShardControl
     from replay.reader import LocalReader
 
@@ -104,7 +111,7 @@ def replay_reader(
         length=config.learner.length,
         context=config.learner.context,
         seed=child_seed(config.seed, "sampler"),
-        limiter=rate_limiter(config),
+        limiter=limiter or rate_limiter(config),
         controls=[GrpcShardControl(address, security=security(config)) for address in shards],
         ring=reader_ring(config),
         metrics=metrics,

@@ -1,12 +1,12 @@
 """The pictures a run ends with: the learning curve (PNG) and an open-loop prediction (GIF and MP4 for
-images, PNG for vectors). Reads only the run directory, so they can be redrawn at any time.
+images, error over the horizon for all). Reads only the run directory, so they can be redrawn at any time.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from deploy import assemble
 from deploy.evaluate import load_agent
 from deploy.run_dir import read_json
-from system.errors import ConfigError
+from system.errors import ConfigError, DeadlineError
 from system.metrics import Metrics
+
+if TYPE_CHECKING:
+    from learner.evaluation.openloop import OpenLoop
 
 CONTEXT_ROWS = 5
 
@@ -53,34 +56,40 @@ def draw_curve(path: Path) -> Path:
 
 
 def draw_open_loop(path: Path) -> list[Path]:
-    """Truth, prediction and error of one replayed stretch; the model sees its first rows only.
+    """Truth, prediction and error of replayed stretches; the model sees their first rows only.
 
-    Returns the files written. Raises: ConfigError when the replay is empty.
+    Returns the files written: a GIF and an MP4 per image key, and the error over the horizon as PNG.
+    Raises: ConfigError when the replay holds no whole sequence.
     """
-    from learner.evaluation.openloop import open_loop
+    from learner.evaluation.openloop import film_strip, open_loop
+    from replay.limiter import RateLimiter
 
     config, env_spec, agent, _state = load_agent(path)
-    reader = assemble.replay_reader(config, env_spec, str(path), (), Metrics(config.name, "video"))
+    anything_goes = RateLimiter(1.0, prefill_rows=0, tolerance_rows=1 << 40, min_rows=1)
+    metrics = Metrics(config.name, "video")
+    reader = assemble.replay_reader(config, env_spec, str(path), (), metrics, limiter=anything_goes)
     try:
-        if reader.counts().live < config.learner.length + config.learner.context:
-            raise ConfigError(f"{path} has no replay to predict from; keep its replay/ directory")
-        sequence = reader.draw()
-        result = open_loop(agent, sequence, context=CONTEXT_ROWS)
+        sequence = reader.sample(timeout=5.0)
+        report = open_loop(agent, sequence, context=CONTEXT_ROWS, seed=config.seed)
+    except DeadlineError as error:
+        raise ConfigError(
+            f"{path} has no replay to predict from ({error}); keep its replay/ directory"
+        ) from error
     finally:
         reader.close()
     files: list[Path] = []
-    for key, video in result.videos.items():
-        files += _write_video(path / f"openloop-{key}", video)
-    if result.vectors:
-        files.append(_plot_vectors(path / "openloop.png", result.vectors))
-    return files
+    for key, images in report.images.items():
+        files += _write_video(path / f"openloop-{key}", film_strip(images))
+    return [*files, _plot_errors(path / "openloop.png", report)]
 
 
 def _write_video(stem: Path, frames: NDArray[np.uint8]) -> list[Path]:
-    """Frames [T, H, W, 3]: written as GIF and MP4, magnified to be seen."""
+    """Frames [T, H, W, C], C 1 or 3: written as GIF and MP4, magnified to be seen."""
     import imageio.v3 as iio
 
-    scale = max(1, 192 // frames.shape[2]) if frames.shape[2] < 192 else 1
+    if frames.shape[-1] == 1:
+        frames = frames.repeat(3, -1)
+    scale = max(1, 384 // frames.shape[1])
     big = frames.repeat(scale, 1).repeat(scale, 2)
     big = big[:, : big.shape[1] // 2 * 2, : big.shape[2] // 2 * 2]  # H.264 wants even sides
     gif, mp4 = stem.with_suffix(".gif"), stem.with_suffix(".mp4")
@@ -89,15 +98,18 @@ def _write_video(stem: Path, frames: NDArray[np.uint8]) -> list[Path]:
     return [gif, mp4]
 
 
-def _plot_vectors(target: Path, vectors: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Path:
-    """vectors: key -> (truth [T, D], model [T, D]) of one sequence."""
+def _plot_errors(target: Path, report: OpenLoop) -> Path:
+    """Error of model and of copying the last seen row, per key, over the predicted steps [H]."""
     figure, axes = _axes()
-    for key, (truth, model) in vectors.items():
-        for d in range(min(4, truth.shape[1])):
-            (line,) = axes.plot(truth[:, d], lw=1.5, label=f"{key}[{d}]")
-            axes.plot(model[:, d], ls="--", lw=1, color=line.get_color())
-    axes.axvline(CONTEXT_ROWS - 1, color="gray", lw=1)
-    axes.set(xlabel="step", title="open loop: truth (solid), model (dashed); context left of the line")
+    inside = report.valid > 0
+    horizon = np.arange(1, len(report.valid) + 1)[inside]
+    for key, error in report.error.items():
+        (line,) = axes.plot(horizon, error[inside], lw=1.5, label=key)
+        axes.plot(horizon, report.copy_error[key][inside], ls=":", lw=1, color=line.get_color())
+    axes.set(
+        xlabel="predicted step", ylabel="mean absolute error", yscale="log",
+        title=f"open loop after {report.context} rows: model (solid), copy of the last row (dotted)",
+    )  # fmt: skip
     axes.legend(fontsize=7)
     figure.savefig(target, dpi=120)
     return target
