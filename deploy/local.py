@@ -5,7 +5,9 @@ Also how a learner reaches a bare GPU box. Status crosses by small files in run/
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,18 +16,58 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from deploy.fleet import RoleStatus
 from deploy.roles import RoleSpec
 from system.errors import InfrastructureError
 
+log = logging.getLogger(__name__)
 LOG_TAIL_BYTES = 4000
+LEFTOVER_SECONDS = 20.0
+"""Roles whose driver was killed may take this long to send their rows and write their checkpoint."""
+
+
+def leftovers(run_dir: Path) -> list[psutil.Process]:
+    """Role processes of this run that outlived their driver, by the status files they wrote."""
+    found: list[psutil.Process] = []
+    for path in (run_dir / "status").glob("*.json"):
+        try:
+            record = json.loads(path.read_text())
+            process = psutil.Process(int(record["pid"]))
+            with process.oneshot():
+                # A process that began after it wrote is another one with its number.
+                if "deploy.role_process" in process.cmdline() and process.create_time() < record["time"]:
+                    found.append(process)
+        except (ValueError, KeyError, TypeError, psutil.Error):
+            continue
+    return found
+
+
+def end_leftovers(run_dir: Path, timeout: float = LEFTOVER_SECONDS) -> None:
+    """Wait until roles of an earlier driver have ended, kill those that do not: they hold the shards' locks.
+
+    The caller must be the one driver of the run.
+    """
+    old = leftovers(run_dir)
+    for process in old:
+        log.warning("role of an earlier driver still runs", extra={"pid": process.pid})
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(old, timeout=timeout)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=10.0)
 
 
 class LocalFleet:
     """Launches `python -m deploy.role_process` children and reads their status files."""
 
     def __init__(self, run_dir: Path) -> None:
+        """Adopt the run directory: what an earlier driver left running is ended first."""
         self._run_dir = run_dir
+        end_leftovers(run_dir)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._launched: dict[str, float] = {}
 
@@ -42,7 +84,7 @@ class LocalFleet:
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         with (self._run_dir / "logs" / f"{spec.key}.log").open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "deploy.role_process"],
+                [sys.executable, "-m", "deploy.role_process", str(os.getpid())],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment,
             )  # fmt: skip
         assert child.stdin is not None
@@ -59,11 +101,13 @@ class LocalFleet:
         return int(spec.config["learner"]["threads"]) if spec.role == "learner" else 1
 
     def _record(self, key: str) -> dict[str, Any]:
+        """The newest word of the life launched here; a dying life of an earlier driver writes there too."""
         path = self._run_dir / "status" / f"{key}.json"
         try:
-            return json.loads(path.read_text())
+            record = json.loads(path.read_text())
         except FileNotFoundError:
             return {}
+        return record if record.get("pid") == self._children[key].pid else {}
 
     def statuses(self) -> dict[str, RoleStatus]:
         return {key: self._status(key) for key in self._children}

@@ -1,7 +1,7 @@
-"""One role in one operating-system process: `python -m deploy.role_process`, spec on standard input.
+"""One role in one operating-system process: `python -m deploy.role_process PARENT`, spec on standard input.
 
 Reports once a second by replacing run/status/<role>-<index>.json; SIGTERM asks it to finish its
-slice and stop; it ends by itself when the driver that launched it is gone.
+slice and stop; it ends by itself when PARENT, the driver that launched it, is gone.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def run(spec: RoleSpec, stop: threading.Event, reporter: Reporter) -> int:
 
 
 def main() -> None:
-    parent = os.getppid()
+    parent = int(sys.argv[1])  # os.getppid() would be wrong here already if the driver died meanwhile
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
