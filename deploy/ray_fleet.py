@@ -187,10 +187,9 @@ class RayFleet:
         """Services and learner beside the driver; actors in their bundles of a Tune trial, or anywhere."""
         if spec.role != "actor":
             return NodeAffinitySchedulingStrategy(self._node, soft=False)
-        others = len(self._trial.bundle_specs) - 1 if self._trial is not None else 0
-        if not others:
+        if self._trial is None:
             return "SPREAD"
-        bundle = 1 + spec.index % others
+        bundle = 1 + spec.index % (len(self._trial.bundle_specs) - 1)  # one for the driver, one per actor
         return PlacementGroupSchedulingStrategy(self._trial, placement_group_bundle_index=bundle)
 
     def _environment(self, spec: RoleSpec) -> dict[str, str]:
@@ -221,10 +220,12 @@ class RayFleet:
         for life in lives:
             if life.asked is None:
                 life.asked = life.actor.status.remote()
-        if not lives:
-            return
+        # Who has answered before does so in milliseconds; who is still starting is not waited for.
+        known = [life.asked for life in lives if life.record]
+        if known:
+            ray.wait(known, num_returns=len(known), timeout=timeout)
         refs = [life.asked for life in lives]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout)
+        ready = ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
         for life in lives:
             if life.asked in ready:
                 self._take(life)

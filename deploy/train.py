@@ -48,7 +48,7 @@ def _announce(session: Session, out: Any) -> None:
 
 def _make_session(config: RunConfig, layers: Layers, resume: str) -> Any:
     if config.backend == "ray":
-        from deploy.algorithm import RaySession
+        from deploy.ray_session import RaySession
 
         return RaySession(config, layers, resume=resume)
     return Session(config, layers, resume=resume)
