@@ -52,6 +52,11 @@ class Progress:
     learner: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
+def row_counts(payload: Mapping[str, Any]) -> dict[str, int]:
+    """An actor's own count of its rows; what `deploy.audit` sets against the replay."""
+    return {name: int(payload[name]) for name in ("rows", "acknowledged", "lost") if name in payload}
+
+
 class _Rate:
     """Rate over a sliding window of (time, count) pairs."""
 
@@ -74,6 +79,7 @@ class Driver:
         self.config, self.run_dir, self.fleet = config, run_dir, fleet
         self._env_spec = env_spec
         self._specs: dict[str, RoleSpec] = {}
+        self._addresses: dict[str, str] = {}  # of services; known while one is being restarted
         self._restarts: dict[str, deque[float]] = defaultdict(deque)
         self._relaunch_at: dict[str, float] = {}
         self._restart_total = 0
@@ -89,6 +95,7 @@ class Driver:
     def start(self) -> None:
         """Launch services, then the learner and the actors that need their addresses."""
         config = self.config
+        self._note_left_behind()
         self._launch("params", 0)
         for index in range(config.replay.shards):
             self._launch("shard", index)
@@ -98,8 +105,21 @@ class Driver:
             self._launch("actor", index)
         self.run_dir.event("run started", backend=config.backend, actors=config.actors.count)
 
+    def _note_left_behind(self) -> None:
+        """Keep the last words of an earlier driver's roles before launching overwrites them."""
+        for record in self.run_dir.role_records():
+            key, life = f"{record['role']}-{record['index']}", record["incarnation"]
+            counts = row_counts(record.get("payload", {}))
+            self.run_dir.event(
+                "role left behind", role=key, incarnation=life, state=record["state"], **counts
+            )
+
     def _address(self, key: str) -> str:
-        return self.fleet.statuses()[key].address
+        """Where a service answers, or last answered. A restarted one takes its old port again."""
+        address = self.fleet.statuses()[key].address
+        if address:
+            self._addresses[key] = address
+        return self._addresses[key]
 
     def _launch(self, role: str, index: int) -> None:
         key = f"{role}-{index}"
@@ -107,8 +127,7 @@ class Driver:
         old = self._specs.get(key)
         port = 0
         if services and old is not None:
-            address = self._address(key)
-            port = int(address.rsplit(":", 1)[1]) if address else old.port
+            port = int(self._address(key).rsplit(":", 1)[1])
         spec = RoleSpec(
             role=role,
             index=index,
@@ -193,7 +212,11 @@ class Driver:
         self._relaunch_at[key] = now + delay
         reason = f"silent for {status.age:.0f} s" if silent else status.error
         log.warning("role lost", extra={"role": key, "reason": reason, "delay": delay})
-        self.run_dir.event("role lost", role=key, reason=reason, restart_in=delay)
+        self._note_end("role lost", key, status, reason=reason, restart_in=delay)
+
+    def _note_end(self, event: str, key: str, status: RoleStatus, **details: Any) -> None:
+        life = self._specs[key].incarnation
+        self.run_dir.event(event, role=key, incarnation=life, **row_counts(status.payload), **details)
 
     def _count(self, statuses: Mapping[str, RoleStatus]) -> None:
         now = time.monotonic()
@@ -292,8 +315,8 @@ class Driver:
         keys = [key for key in self._specs if key.startswith(f"{role}-")]
         with ThreadPoolExecutor(max_workers=min(32, max(1, len(keys)))) as pool:
             for key, status in zip(keys, pool.map(lambda k: self.fleet.stop(k, timeout), keys), strict=True):
-                if status.state == "failed":
-                    self.run_dir.event("role lost", role=key, reason=status.error)
+                reason = {"reason": status.error} if status.state == "failed" else {}
+                self._note_end("role lost" if reason else "role stopped", key, status, **reason)
 
     def stop(self) -> None:
         """Stop everything in flow order, the learner with a final checkpoint."""

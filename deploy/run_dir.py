@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,20 @@ def read_json(path: Path) -> Any:
         raise IntegrityError(
             f"{path} is unreadable ({error}); restore it or start a new run with --set name=NEW"
         ) from error
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file; lines cut off by a kill are skipped."""
+    if not path.exists():
+        return
+    with path.open(errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
 
 
 class RunDirectory:
@@ -100,6 +114,20 @@ class RunDirectory:
         line = json.dumps({"time": time.time(), "event": name, **details}, default=str)
         with (self.path / "events.jsonl").open("a") as file:
             file.write(line + "\n")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The lifecycle events, oldest first."""
+        return json_lines(self.path / "events.jsonl")
+
+    def role_records(self) -> Iterator[dict[str, Any]]:
+        """The newest word of every role that ever reported here."""
+        for path in sorted(self.status.glob("*.json")):
+            try:
+                record = json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue  # removed by a launch just now, or damaged
+            if isinstance(record, dict) and record.keys() >= {"role", "index", "incarnation", "state", "pid"}:
+                yield record
 
     def next_incarnation(self, role: str, index: int) -> int:
         """Count one more life of a role; grows over restarts and resumes, so a zombie is recognised."""
