@@ -66,7 +66,7 @@ bench: setup  ## every benchmark; rewrites the tables in docs/performance.md
 	@$(BIN)/python -m bench all
 
 chaos: setup  ## the tests that kill processes
-	@$(BIN)/python -m pytest -q tests/integration -k kill
+	@$(BIN)/python -m pytest -q -k kill
 
 proto: setup  ## regenerate the gRPC code from every .proto file
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
