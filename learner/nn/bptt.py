@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learner.nn.categorical import mix, sample_one_hot
-from learner.nn.layers import NORM_EPS, rms_norm
+from learner.nn.layers import NORM_EPS, NormGrad, rms_norm
 
 UPDATE_BIAS = -1.0  # the update gate starts mostly closed: memory by default
 
@@ -149,34 +149,6 @@ class _Saved(NamedTuple):
     read: Tensor  # [T, B, U], hidden layer of the posterior
 
 
-class _NormGrad(NamedTuple):
-    """Backward pass of x = silu(rms_norm(a) * scale), all of it that does not need the gradient of x.
-
-    grad a = gain * grad x - unit * mean(gain * grad x * unit).
-    """
-
-    unit: Tensor  # a / rms(a)
-    share: Tensor  # unit / width: its product with a gradient, summed, is the mean above
-    slope: Tensor  # d silu / d (unit * scale)
-    gain: Tensor  # slope * scale / rms(a)
-    active: Tensor  # x
-
-    @classmethod
-    def of(cls, a: Tensor, scale: Tensor) -> _NormGrad:
-        a = a.float()
-        inverse = torch.rsqrt(a.square().mean(-1, keepdim=True) + NORM_EPS)
-        unit = a * inverse
-        y = unit * scale
-        gate = torch.sigmoid(y)
-        active = y * gate
-        slope = gate + active * (1.0 - gate)
-        return cls(unit, unit / a.shape[-1], slope, slope * scale * inverse, active)
-
-    def scale_grad(self, grad: Tensor, keep: int) -> Tensor:
-        """Gradient of the scale, summed over all but the last `keep` axes; grad is that of x."""
-        return (grad * self.slope * self.unit).flatten(0, -keep - 1).sum(0)
-
-
 class _Rollout(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda")
@@ -230,9 +202,9 @@ class _Rows(NamedTuple):
     read_x: Tensor  # [T, B, U], gradient of the posterior's hidden layer after its norm
     hidden_x: Tensor  # [T, B, D]
     embedded_x: Tensor  # [T, B, 2, U]
-    read_norm: _NormGrad
-    hidden_norm: _NormGrad
-    embedded_norm: _NormGrad
+    read_norm: NormGrad
+    hidden_norm: NormGrad
+    embedded_norm: NormGrad
 
 
 def _gate_grads(deter: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,10 +220,10 @@ def _gate_grads(deter: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     return slopes, (1.0 - update).transpose(1, 2).reshape(deter.shape)
 
 
-def _norm_back(grad: Tensor, norm: _NormGrad, t: int) -> Tensor:
+def _norm_back(grad: Tensor, norm: NormGrad, t: int) -> Tensor:
     """Gradient before norm and SiLU of step t from that after them."""
     scaled = grad * norm.gain[t]
-    return torch.addcmul(scaled, norm.unit[t], (scaled * norm.share[t]).sum(-1, keepdim=True), value=-1.0)
+    return torch.addcmul(scaled, norm.unit[t], (scaled * norm.unit[t]).mean(-1, keepdim=True), value=-1.0)
 
 
 def _backward_loop(
@@ -266,8 +238,8 @@ def _backward_loop(
     """Carry the state's gradient from the last step to the first; grads are those of the three outputs."""
     by_deter, by_probs, by_stoch = grads
     outer = (by_probs + by_stoch) * (1.0 - unimix)  # the mixing passes this share on
-    read, hidden = _NormGrad.of(saved.read, posterior.scale), _NormGrad.of(saved.hidden, core.scale)
-    embedded = _NormGrad.of(saved.embedded, core.in_scale)
+    read, hidden = NormGrad.of(saved.read, posterior.scale), NormGrad.of(saved.hidden, core.scale)
+    embedded = NormGrad.of(saved.embedded, core.in_scale)
     slopes, keeps_old = _gate_grads(deter, saved.gates)
     batch, blocks = deter.shape[1], core.own.shape[0]
     gates_back, own_back = core.gates.transpose(1, 2), core.own.transpose(1, 2)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learner.nn.encoder import ImageGroup, flat_size, flatten, norm_channels, split_obs
-from learner.nn.layers import MLP, BlockLinear, Conv, Linear, Norm
+from learner.nn.encoder import ImageGroup, flat_size, flatten, in_chunks, over_channels, split_obs
+from learner.nn.layers import MLP, BlockLinear, Conv, Linear, NormSilu
 from learner.nn.twohot import symexp
 from system.specs import ArraySpec
 
@@ -116,10 +116,10 @@ class ImageDecoder(nn.Module):
         self.from_deter = BlockLinear(deter, size, blocks)
         self.stoch_hidden = MLP(stoch, 2 * units, 1)
         self.from_stoch = Linear(2 * units, size)
-        self.norm_in = Norm(self.depth)
+        self.norm_in = NormSilu(self.depth)
         sizes = [*reversed(depths), sum(group.channels)]
-        self.conv = nn.ModuleList([Conv(a, b, kernel) for a, b in pairwise(sizes)])
-        self.norm = nn.ModuleList([Norm(b) for b in sizes[1:-1]])
+        self.conv = nn.ModuleList([UpConv(a, b, kernel) for a, b in pairwise(sizes)])
+        self.norm = nn.ModuleList([NormSilu(b) for b in sizes[1:-1]])
 
     def forward(self, feat: Tensor) -> Tensor:
         """Pixels [N, H, W, C] in [0, 1] for feat [N, F]."""
@@ -128,14 +128,46 @@ class ImageDecoder(nn.Module):
         spatial = spatial.view(-1, self.blocks, height, width, self.depth // self.blocks)
         spatial = spatial.permute(0, 2, 3, 1, 4).reshape(-1, height, width, self.depth)
         hidden = self.from_stoch(self.stoch_hidden(feat[:, self.deter :]))
-        x = F.silu(self.norm_in(spatial + hidden.view_as(spatial)))
-        x = x.permute(0, 3, 1, 2)  # [N, C, h, w]
+        x = self.norm_in(spatial + hidden.view_as(spatial))
+        return in_chunks(self._grow, x)
+
+    def _grow(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)  # [N, C, h, w], channels last in memory
         for conv, norm in zip(self.conv[:-1], self.norm, strict=True):
-            x = F.silu(norm_channels(norm, conv(double(x))))
-        x = torch.sigmoid(self.conv[-1](double(x)))
+            x = over_channels(norm, conv(x))
+        x = torch.sigmoid(self.conv[-1](x))
         return x[:, :, : self.side[0], : self.side[1]].permute(0, 2, 3, 1)
 
 
-def double(x: Tensor) -> Tensor:
-    """Repeat every pixel of [N, C, H, W] to 2x2."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
+class UpConv(nn.Module):
+    """Repeat every pixel to 2x2, then convolve: computed at low resolution, exactly.
+
+    An output pixel of either parity sees a 5x5 kernel that covers 3x3 low-resolution pixels, so each parity
+    has a 3x3 kernel whose entries are sums of the original ones: 9/25 of the products, and no large
+    intermediate image.
+    """
+
+    fold: Tensor
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = Conv(inputs, outputs, kernel)
+        self.register_buffer("fold", parity_fold(kernel), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, h, w] -> [N, O, 2h, 2w]."""
+        # Letters: a, b parities; y, x low-resolution offsets; k, l original kernel entries.
+        weight = torch.einsum("ayk,bxl,ockl->oabcyx", self.fold, self.fold, self.conv.weight).flatten(0, 2)
+        bias = self.conv.bias.repeat_interleave(4)
+        return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=self.fold.shape[1] // 2), 2)
+
+
+def parity_fold(kernel: int) -> Tensor:
+    """[2, r, kernel]: 1 where kernel entry k, seen from an output pixel of parity a, reads offset r."""
+    reach = kernel // 2
+    low = (reach + 1) // 2
+    fold = torch.zeros(2, 2 * low + 1, kernel)
+    for parity in range(2):
+        for entry in range(kernel):
+            fold[parity, (parity + entry - reach) // 2 + low, entry] = 1.0
+    return fold

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from learner.nn.bptt import CoreWeights, PosteriorWeights, core_step, posterior_rollout, posterior_step
 from learner.nn.categorical import mixed_probs, sample_one_hot
-from learner.nn.layers import MLP, BlockLinear, Linear, Norm
+from learner.nn.layers import MLP, BlockLinear, Linear, NormSilu
 
 State = dict[str, Tensor]
 
@@ -59,11 +59,11 @@ class Core(nn.Module):
     def __init__(self, sizes: RSSMSizes, action: int) -> None:
         super().__init__()
         deter, hidden, self.blocks = sizes.deter, sizes.hidden, sizes.blocks
-        self.deter_in, self.deter_norm = Linear(deter, hidden), Norm(hidden)
-        self.stoch_in, self.stoch_norm = Linear(sizes.flat_stoch, hidden), Norm(hidden)
+        self.deter_in, self.deter_norm = Linear(deter, hidden), NormSilu(hidden)
+        self.stoch_in, self.stoch_norm = Linear(sizes.flat_stoch, hidden), NormSilu(hidden)
         self.action_in = MLP(action, hidden, 1)
         self.hidden = BlockLinear(deter + self.blocks * 3 * hidden, deter, self.blocks)
-        self.norm = Norm(deter)
+        self.norm = NormSilu(deter)
         self.gates = BlockLinear(deter, 3 * deter, self.blocks)
 
     def weights(self) -> tuple[CoreWeights, Driver]:
@@ -106,7 +106,7 @@ class Posterior(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.linear = Linear(sizes.deter + tokens, sizes.hidden)
-        self.norm = Norm(sizes.hidden)
+        self.norm = NormSilu(sizes.hidden)
         self.logits = Linear(sizes.hidden, sizes.flat_stoch)
 
     def weights(self) -> PosteriorWeights:

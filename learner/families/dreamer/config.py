@@ -100,7 +100,7 @@ class DreamerConfig(BaseModel):
     depth: int = Field(default=4, ge=1)
     """Base channels of the CNN."""
     mults: tuple[int, ...] = Field(default=(2, 3, 4, 4), min_length=1)
-    """Channel multipliers per CNN level; images under 48 pixels use the last ones only (ours)."""
+    """Channel multipliers per CNN level; images of up to 32 pixels use the last ones only (ours)."""
     kernel: int = Field(default=5, ge=1)
     """Side of the CNN kernels in pixels; odd."""
     encoder_layers: int = Field(default=3, ge=1)
