@@ -86,7 +86,7 @@ class Driver:
         self._began = time.monotonic()
         self._env_rate, self._update_rate = _Rate(), _Rate()
         self._returns: deque[float] = deque(maxlen=20)
-        self._episodes = 0
+        self.episodes = 0
         self._episodes_seen: dict[str, int] = {}
         self.curve: list[dict[str, float]] = []
         self.progress = Progress()
@@ -240,7 +240,7 @@ class Driver:
         progress.policy_lag = sum(lags) / len(lags) if lags else 0.0
         for key, status in actors.items():
             self._take_episodes(f"{key}.{self._specs[key].incarnation}", status.payload, progress)
-        progress.episodes = self._episodes
+        progress.episodes = self.episodes
         progress.return_mean = sum(self._returns) / len(self._returns) if self._returns else None
         left = self.config.env_steps - progress.env_steps
         progress.eta_seconds = left / progress.env_rate if progress.env_rate > 0 else None
@@ -251,7 +251,7 @@ class Driver:
         newest: list[Mapping[str, Any]] = list(payload.get("episodes", ()))
         total = int(payload.get("episodes_total", len(newest)))
         fresh = min(total - self._episodes_seen.get(life, 0), len(newest))
-        self._episodes += max(0, total - self._episodes_seen.get(life, 0))
+        self.episodes += max(0, total - self._episodes_seen.get(life, 0))
         self._episodes_seen[life] = total
         for episode in newest[len(newest) - fresh :] if fresh > 0 else ():
             self._returns.append(float(episode["score"]))

@@ -4,7 +4,6 @@ images, error over the horizon for all). Reads only the run directory, so they c
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from deploy import assemble
 from deploy.evaluate import load_agent
-from deploy.run_dir import read_json
+from deploy.run_dir import json_lines, read_json
 from system.errors import ConfigError, DeadlineError
 from system.metrics import Metrics
 
@@ -34,9 +33,7 @@ def _axes() -> tuple[Any, Any]:
 
 def draw_curve(path: Path) -> Path:
     """Training return over environment steps, with the final evaluation and the random baseline."""
-    source = path / "metrics" / "episodes.jsonl"
-    lines = source.read_text().splitlines() if source.exists() else []
-    points = [json.loads(line) for line in lines]
+    points = list(json_lines(path / "metrics" / "episodes.jsonl"))
     figure, axes = _axes()
     if points:
         x = np.array([p["env_steps"] for p in points])

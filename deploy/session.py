@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from deploy.fleet import Fleet
 from deploy.probe import probe_env
 from deploy.progress import MetricFiles
 from deploy.run_config import RunConfig
-from deploy.run_dir import RunDirectory, read_json
+from deploy.run_dir import RunDirectory, json_lines, read_json
 from system.config import Layers, dump_with_origin, flatten
 from system.errors import ConfigError, PreflightError
 from system.specs import EnvSpec
@@ -88,8 +90,16 @@ class Session:
         self.run_dir.event("resumed" if self.resumed else "created", changes=self.changes)
         self._fleet = self._fleet_factory(self.config, self.run_dir.path)
         self.driver = Driver(self.config, env_spec, self._fleet, self.run_dir)
+        if self.resumed:
+            self._recall(self.driver)
         self._files = MetricFiles(self.run_dir.metrics)
         self.driver.start()
+
+    def _recall(self, driver: Driver) -> None:
+        """Counts go on where they stood: the learner needs seconds to say its own, actors begin at none."""
+        for record in json_lines(self.run_dir.metrics / "metrics.jsonl"):
+            driver.progress.updates = int(record.get("learner/updates", driver.progress.updates))
+            driver.episodes = int(record.get("env/episodes", driver.episodes))
 
     def _check_resume(self) -> None:
         if not self.run_dir.exists:
@@ -132,6 +142,7 @@ class Session:
         assert self._files is not None
         progress = self.driver.step(seconds)
         self._files.write(progress)
+        self._keep_curve()
         return progress
 
     @property
@@ -161,9 +172,11 @@ class Session:
             evaluation_episodes=len(report.returns),
             random_return=report.random_mean,
             finished_at=time.time(),
-            curve=str(draw_curve(self.run_dir.path)),
-            video=[str(p) for p in draw_open_loop(self.run_dir.path)],
+            curve="",
         )
+        self.run_dir.write_json(self.run_dir.summary_file, summary.to_dict())
+        curve = str(draw_curve(self.run_dir.path))  # shows what the summary says
+        summary = replace(summary, curve=curve, video=[str(p) for p in draw_open_loop(self.run_dir.path)])
         self.run_dir.write_json(self.run_dir.summary_file, summary.to_dict())
         return summary
 
@@ -172,14 +185,14 @@ class Session:
         if self.driver is not None:
             self.driver.stop()
             self._keep_curve()
-            self.driver.curve.clear()
 
     def _keep_curve(self) -> None:
+        """Move the driver's new episodes into a file: a killed run keeps its learning curve."""
         assert self.driver is not None
-        import json
-
-        with (self.run_dir.metrics / "episodes.jsonl").open("a") as file:
-            file.writelines(json.dumps(point) + "\n" for point in self.driver.curve)
+        points, self.driver.curve = self.driver.curve, []
+        if points:
+            with (self.run_dir.metrics / "episodes.jsonl").open("a") as file:
+                file.writelines(json.dumps(point) + "\n" for point in points)
 
     def close(self) -> None:
         if self._fleet is not None:
