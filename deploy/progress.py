@@ -40,7 +40,8 @@ def fields(progress: Progress) -> dict[str, str]:
         "ETA": _duration(progress.eta_seconds),
     }
     if progress.waiting:
-        out["waiting"] = progress.waiting
+        # The whole sentence, with its numbers, is in the learner's status.
+        out["learner waits for"] = progress.waiting.split("waits for ")[-1].split(" (")[0]
     return out
 
 
