@@ -130,6 +130,18 @@ def status(run: Path | None, root: Path, as_json: bool) -> None:
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @json_option
+def audit(run: Path, as_json: bool) -> None:
+    """Balance RUN's books: every acknowledged row stored, exactly once. Exit code 5 when not."""
+    from deploy.audit import audit_run
+
+    result = audit_run(run)
+    _say(result.to_dict(), as_json, result.text())
+    sys.exit(0 if result.balanced else 5)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@json_option
 def video(run: Path, as_json: bool) -> None:
     """Redraw RUN's learning curve and open-loop prediction."""
     from deploy.pictures import draw_curve, draw_open_loop

@@ -40,14 +40,6 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Life:
-    """Live rows of one incarnation of one stream."""
-
-    rows: int
-    whole: bool  # its first row is still there: nothing of it was evicted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayBooks:
     """What a replay holds. Made by `audit_replay`."""
 
@@ -56,8 +48,9 @@ class ReplayBooks:
     inserted: int  # rows ever committed
     live: int  # rows read
     evicted: int
-    lives: Mapping[tuple[StreamId, int], Life]  # by stream and incarnation
+    rows: Mapping[tuple[StreamId, int], int]  # live, by stream and incarnation
     positions: Mapping[StreamId, int]  # rows ever committed, by stream
+    whole_from: Mapping[StreamId, int]  # the first incarnation of which nothing was evicted
     findings: tuple[Finding, ...]
 
     def rows_of(self, kind: str) -> int:
@@ -114,8 +107,9 @@ def audit_replay(root: Path) -> ReplayBooks:
     """
     table = open_table(root)
     findings: list[Finding] = []
-    lives: dict[tuple[StreamId, int], Life] = {}
+    rows: dict[tuple[StreamId, int], int] = {}
     positions: dict[StreamId, int] = {}
+    whole_from: dict[StreamId, int] = {}
     home: dict[StreamId, str] = {}
     segments = inserted = live = evicted = 0
     indices = layout.shard_indices(root)
@@ -135,7 +129,8 @@ def audit_replay(root: Path) -> ReplayBooks:
             lowest += runs[0].position if runs else top
             live += sum(run.count for run in runs)
             findings += _check_positions(shard.name, stream, runs)
-            findings += _check_stream(shard.name, stream, runs, table, lives)
+            whole_from[stream] = _whole_from(runs, top)
+            findings += _check_stream(shard.name, stream, runs, table, rows)
         inserted += counted
         evicted += shard.evicted
         findings += _check_ledger(shard, counted, lowest)
@@ -145,8 +140,9 @@ def audit_replay(root: Path) -> ReplayBooks:
         inserted=inserted,
         live=live,
         evicted=evicted,
-        lives=lives,
+        rows=rows,
         positions=positions,
+        whole_from=whole_from,
         findings=tuple(findings),
     )
 
@@ -250,9 +246,9 @@ def _check_stream(
     stream: StreamId,
     runs: list[_Run],
     table: TableSpec,
-    lives: dict[tuple[StreamId, int], Life],
+    counts: dict[tuple[StreamId, int], int],
 ) -> list[Finding]:
-    """Identities, versions and contents of all live rows of one stream; counts its lives into `lives`."""
+    """Identities, versions and contents of all live rows of one stream; counts its lives into `counts`."""
     if not runs:
         return []
     names = (*IDENTITY, *FLAGS, "policy_version")
@@ -262,14 +258,22 @@ def _check_stream(
     if len(back):
         what = f"policy_version goes back at {_name(rows, int(back[0]) + 1)}"
         findings.append(_finding("version", shard, stream, what, len(back)))
-    incarnation = rows["incarnation"]
-    for life in np.unique(incarnation).tolist():
-        mine = np.flatnonzero(incarnation == life)
-        whole = bool(rows["episode"][mine[0]] == 0 and rows["step"][mine[0]] == 0)
-        lives[stream, life] = Life(rows=len(mine), whole=whole)
+    lives, sizes = np.unique(rows["incarnation"], return_counts=True)
+    for life, size in zip(lives.tolist(), sizes.tolist(), strict=True):
+        counts[stream, life] = size
     for run in runs:
         findings += _check_contents(shard, stream, run, table)
     return findings
+
+
+def _whole_from(runs: list[_Run], top: int) -> int:
+    """See ReplayBooks. An incarnation whose first row is gone does not begin at episode 0 step 0."""
+    if not top or (runs and runs[0].position == 0):
+        return 0
+    if not runs:
+        return 1 << 31
+    incarnation, episode, step = (int(runs[0].column(name)[0]) for name in IDENTITY)
+    return incarnation if episode == 0 and step == 0 else incarnation + 1
 
 
 def _follows(rows: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:

@@ -7,7 +7,7 @@ import click
 
 from deploy.__main__ import cli
 
-VERBS = {"train", "recipes", "eval", "status", "video", "doctor", "env check"}
+VERBS = {"train", "recipes", "eval", "status", "audit", "video", "doctor", "env check"}
 
 
 def leaves(group: click.Group, prefix: str = "") -> set[str]:

@@ -45,7 +45,7 @@ def test_sound_replay_balances(tmp_path: Path) -> None:
     books = audit_replay(tmp_path)
     assert books.findings == ()
     assert (books.shards, books.inserted, books.live, books.evicted) == (2, 340, 340, 0)
-    assert {key: life.rows for key, life in books.lives.items()} == {
+    assert books.rows == {
         (STREAMS[0], 0): 150, (STREAMS[1], 0): 150, (StreamId(actor=2, env=0), 0): 40,
     }  # fmt: skip
 
@@ -59,9 +59,8 @@ def test_lives_of_a_stream_are_counted_apart(tmp_path: Path) -> None:
     shard.close()
     books = audit_replay(tmp_path)
     assert books.findings == ()
-    assert [(key[1], life.rows, life.whole) for key, life in books.lives.items()] == [
-        (1, 33, True), (4, 20, True),
-    ]  # fmt: skip
+    assert books.rows == {(stream, 1): 33, (stream, 4): 20}
+    assert books.whole_from == {stream: 0}
 
 
 def newer(chunk: Chunk) -> Chunk:
@@ -75,7 +74,21 @@ def test_evicted_rows_are_accounted_for(tmp_path: Path) -> None:
     assert books.findings == ()
     assert books.evicted > 0
     assert books.live + books.evicted == books.inserted == 1200
-    assert not any(life.whole for life in books.lives.values())
+    assert set(books.whole_from.values()) == {1}  # nothing is whole before the next incarnation
+
+
+def test_life_that_begins_where_eviction_stopped_is_whole(tmp_path: Path) -> None:
+    stream = STREAMS[0]
+    shard = ReplayShard(tmp_path, 0, TABLE, capacity_rows=512)
+    for start in range(0, 64, 16):  # one whole segment of one slot
+        shard.append([synthetic.rows(TABLE, stream, start, 16)], 5.0)
+    for start in range(0, 512, 16):
+        shard.append([newer(synthetic.rows(TABLE, stream, start, 16, incarnation=2))], 5.0)
+    shard.close()
+    books = audit_replay(tmp_path)
+    assert books.findings == ()
+    assert books.rows == {(stream, 2): 512}
+    assert books.whole_from == {stream: 2}
 
 
 def test_audit_beside_a_live_shard_balances(tmp_path: Path) -> None:
