@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learner.nn.categorical import mix, sample_one_hot
-from learner.nn.layers import NORM_EPS, NormGrad, rms_norm
+from learner.nn.layers import NormGrad, rms_norm
 
 UPDATE_BIAS = -1.0  # the update gate starts mostly closed: memory by default
 
@@ -69,7 +69,7 @@ def core_step(deter: Tensor, stoch: Tensor, drive: Tensor, w: CoreWeights) -> Co
     embedded = torch.cat(
         [F.linear(deter, w.deter_in, w.deter_bias), F.linear(stoch, w.stoch_in, w.stoch_bias)], -1
     ).view(rows, 2, -1)  # [B, 2, U]
-    inputs = F.silu(unit_rms(embedded) * w.in_scale).flatten(1)  # [B, 2U]
+    inputs = F.silu(rms_norm(embedded, w.in_scale)).flatten(1)  # [B, 2U]
     blocked = deter.view(rows, blocks, -1).transpose(0, 1)  # [G, B, d]
     own = torch.bmm(blocked, w.own).transpose(0, 1)  # [B, G, d]
     hidden = (torch.addmm(drive, inputs, w.shared).view(own.shape) + own).view(rows, -1)  # [B, D]
@@ -86,11 +86,6 @@ def posterior_step(deter: Tensor, projected: Tensor, w: PosteriorWeights, stoch:
     hidden = torch.addmm(projected, deter, w.deter_in.t())
     logits = F.linear(F.silu(rms_norm(hidden, w.scale)), w.logits, w.logits_bias)
     return PosteriorOut(torch.softmax(logits.float().view(deter.shape[0], -1, stoch), -2), hidden)
-
-
-def unit_rms(x: Tensor) -> Tensor:
-    """RMS norm over the last axis without a scale."""
-    return F.rms_norm(x.float(), x.shape[-1:], None, NORM_EPS).to(x.dtype)
 
 
 def reference_rollout(

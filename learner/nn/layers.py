@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-4
+ROOT_EPS = torch.tensor(1e-4).sqrt()  # epsilon 1e-4 is added to the mean square
 TRUNCATION_GAIN = 1.1368  # 1 / standard deviation of a unit normal cut at +-2
 
 
@@ -31,9 +31,19 @@ class NormSilu(nn.Module):
         return F.silu(rms_norm(x, self.scale))
 
 
+def rms(x: Tensor) -> Tensor:
+    """Root of the mean square over the last axis plus epsilon; float32 x [..., D], result [..., 1].
+
+    Vector norm and hypot are two passes where square, mean, add and root are six.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.hypot(length * x.shape[-1] ** -0.5, ROOT_EPS)
+
+
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """Divide x [..., D] by its root mean square over the last axis and scale it by scale [D]."""
-    return F.rms_norm(x.float(), scale.shape, scale, NORM_EPS).to(x.dtype)
+    """Divide x [..., D] by its root mean square over the last axis and multiply by scale [..., D]."""
+    wide = x.float()
+    return (wide / rms(wide) * scale).to(x.dtype)
 
 
 class NormGrad(NamedTuple):
@@ -50,13 +60,13 @@ class NormGrad(NamedTuple):
     @classmethod
     def of(cls, a: Tensor, scale: Tensor) -> NormGrad:
         a = a.float()
-        inverse = torch.rsqrt(a.square().mean(-1, keepdim=True) + NORM_EPS)
-        unit = a * inverse
+        divisor = rms(a)
+        unit = a / divisor
         y = unit * scale
         gate = torch.sigmoid(y)
         active = y * gate
         slope = torch.addcmul(gate, active, 1.0 - gate)
-        return cls(unit, slope, slope * (scale * inverse), active)
+        return cls(unit, slope, slope * (scale / divisor), active)
 
     def scale_grad(self, grad: Tensor, keep: int) -> Tensor:
         """Gradient of the scale, summed over all but the last `keep` axes; grad is that of x."""
