@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.util import get_current_placement_group
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 """Longest wait for the roles' answers in one statuses(); an answer usually takes milliseconds."""
 EXIT_SECONDS = 10.0
+GRACE_SECONDS = 2.0
+"""Ray calls an actor dead when it has been told to end; its process then takes some milliseconds."""
 LOG_TAIL_BYTES = 4000
 LEARNER_CPUS = 0.5
 """What Ray books for a learner: on a CPU it waits for the actors part of the time, on a GPU mostly."""
@@ -67,6 +70,7 @@ class RayRole:
         self._record: dict[str, Any] = {}
         self._spoke = time.monotonic()
         self._reporter = Reporter(parsed, self._keep)
+        self._reporter.update(node=ray.get_runtime_context().get_node_id())
         self._reporter.write("starting")
         self._thread = threading.Thread(
             target=run, args=(parsed, self._stop, self._reporter), name=parsed.key, daemon=True
@@ -290,7 +294,7 @@ class RayFleet:
         self._end(self._lives[key])
 
     def _end(self, life: _Life) -> None:
-        """End the actor's process, whatever the role does; returns when Ray confirms it."""
+        """End the actor's process, whatever the role does; returns when it is gone, as far as can be seen."""
         if life.actor is None:
             return
         ray.kill(life.actor, no_restart=True)
@@ -300,6 +304,8 @@ class RayFleet:
             self._hear([life], POLL_SECONDS)
         if not life.ended:
             life.lost = f"killed; Ray did not confirm its end within {EXIT_SECONDS:.0f} s"
+        if life.record.get("node") == self._node:
+            _end_process(int(life.record["pid"]))
         life.actor = life.asked = None
 
     def close(self) -> None:
@@ -314,3 +320,19 @@ class RayFleet:
         elif self._joined and ray.is_initialized():
             ray.shutdown()  # leaves the cluster; its other users go on
         self._joined = False
+
+
+def _end_process(pid: int) -> None:
+    """Kill a role's process of this node that does not end by itself: Ray asks it to, and no more."""
+    try:
+        process = psutil.Process(pid)
+        if not any(word.startswith(f"ray::{RayRole.__name__}") for word in process.cmdline()):
+            return  # the number has gone to somebody else
+        try:
+            process.wait(GRACE_SECONDS)
+        except psutil.TimeoutExpired:
+            log.warning("role killed", extra={"pid": pid})
+            process.kill()
+            process.wait(EXIT_SECONDS)
+    except psutil.NoSuchProcess:
+        pass
