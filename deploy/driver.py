@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -83,6 +83,8 @@ class Driver:
         self._restarts: dict[str, deque[float]] = defaultdict(deque)
         self._relaunch_at: dict[str, float] = {}
         self._restart_total = 0
+        self._restarts_new: Counter[str] = Counter()
+        self.metrics_port = 0  # of the process that drives, set by whoever serves its metrics
         self._began = time.monotonic()
         self._env_rate, self._update_rate = _Rate(), _Rate()
         self._returns: deque[float] = deque(maxlen=20)
@@ -209,6 +211,7 @@ class Driver:
         delay = min(30.0, 0.2 * 2 ** len(recent))
         recent.append(now)
         self._restart_total += 1
+        self._restarts_new[key.rsplit("-", 1)[0]] += 1
         self._relaunch_at[key] = now + delay
         reason = f"silent for {status.age:.0f} s" if silent else status.error
         log.warning("role lost", extra={"role": key, "reason": reason, "delay": delay})
@@ -217,6 +220,11 @@ class Driver:
     def _note_end(self, event: str, key: str, status: RoleStatus, **details: Any) -> None:
         life = self._specs[key].incarnation
         self.run_dir.event(event, role=key, incarnation=life, **row_counts(status.payload), **details)
+
+    def take_restarts(self) -> Counter[str]:
+        """Restarts by role since the last call."""
+        taken, self._restarts_new = self._restarts_new, Counter()
+        return taken
 
     def _count(self, statuses: Mapping[str, RoleStatus]) -> None:
         now = time.monotonic()
@@ -264,18 +272,21 @@ class Driver:
             )
 
     def _publish_targets(self, statuses: Mapping[str, RoleStatus]) -> None:
-        """Prometheus file service discovery; the same list the driver serves by HTTP."""
+        """Prometheus file service discovery: every process of the run that serves /metrics."""
         targets = [
             {
-                "targets": [f"{self.config.services.host}:{status.metrics_port}"],
+                "targets": [f"{self.config.services.host}:{port}"],
                 "labels": {
                     "run": self.config.name,
                     "role": key.rsplit("-", 1)[0],
                     "index": key.rsplit("-", 1)[1],
                 },
             }
-            for key, status in statuses.items()
-            if status.metrics_port
+            for key, port in [
+                *((key, status.metrics_port) for key, status in statuses.items()),
+                ("driver-0", self.metrics_port),
+            ]
+            if port
         ]
         path = self.run_dir.path / "targets.json"
         if not path.exists() or json.loads(path.read_text()) != targets:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.driver import Driver, Progress
 from deploy.fleet import Fleet
+from deploy.plan import check_settings
 from deploy.probe import probe_env
 from deploy.progress import MetricFiles
 from deploy.run_config import RunConfig
 from deploy.run_dir import RunDirectory, json_lines, read_json
 from system.config import Layers, dump_with_origin, flatten
 from system.errors import ConfigError, PreflightError
+from system.metrics import Metrics
 from system.specs import EnvSpec
 
 if TYPE_CHECKING:
@@ -48,6 +51,19 @@ def make_fleet(config: RunConfig, run_dir: Path) -> Fleet:
     return RayFleet(run_dir)
 
 
+def check_port(setting: str, host: str, port: int) -> None:
+    """Raises: PreflightError when nobody could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PreflightError(
+                f"{setting} ({port}) cannot be used on {host} ({error.strerror}); "
+                "choose a free port, or 0 for any"
+            ) from error
+
+
 class Session:
     """start(), step() until `finished`, finish(); close() in every case."""
 
@@ -65,6 +81,7 @@ class Session:
         self.driver: Driver | None = None
         self._fleet: Fleet | None = None
         self._files: MetricFiles | None = None
+        self.metrics = Metrics(config.name, "driver")
         self.resumed = False
         self.changes: list[str] = []
 
@@ -75,15 +92,9 @@ class Session:
         """
         self._check_resume()
         env_spec = self._env_spec()
-        self._check_family(env_spec)
+        check_settings(self.config, env_spec)
+        self._check_machine()
         self.run_dir.create()
-        free = shutil.disk_usage(self.run_dir.path).free
-        if free < LEAST_FREE_BYTES:
-            raise PreflightError(
-                f"only {free >> 20} MiB free at {self.run_dir.path}, at least "
-                f"{LEAST_FREE_BYTES >> 20} MiB are needed; "
-                "free space or choose another place with --set root=DIR"
-            )
         self.run_dir.write_json(self.run_dir.config_file, self.config.model_dump(mode="json"))
         (self.run_dir.path / "run.yaml").write_text(dump_with_origin(self.config, self._layers))
         self.run_dir.write_json(self.run_dir.env_file, env_spec.to_json())
@@ -93,6 +104,9 @@ class Session:
         if self.resumed:
             self._recall(self.driver)
         self._files = MetricFiles(self.run_dir.metrics)
+        self.driver.metrics_port = self.metrics.serve(
+            self.config.services.metrics_port, self.config.services.host
+        )
         self.driver.start()
 
     def _recall(self, driver: Driver) -> None:
@@ -130,12 +144,19 @@ class Session:
             return EnvSpec.from_json(read_json(self.run_dir.env_file))
         return probe_env(self.config.env.name, self.config.env.options)
 
-    def _check_family(self, env_spec: EnvSpec) -> None:
-        from deploy.assemble import rate_limiter, security, table_spec
-
-        table_spec(self.config, env_spec)
-        rate_limiter(self.config)
-        security(self.config)
+    def _check_machine(self) -> None:
+        """Raises: PreflightError when the disk is full or a port taken."""
+        place = next(p for p in (self.run_dir.path, *self.run_dir.path.parents) if p.exists())
+        free = shutil.disk_usage(place).free
+        if free < LEAST_FREE_BYTES:
+            raise PreflightError(
+                f"only {free >> 20} MiB free at {place}, at least {LEAST_FREE_BYTES >> 20} MiB are needed; "
+                "free space or choose another place with --set root=DIR"
+            )
+        services = self.config.services
+        # A resumed run's own roles may hold the port until the backend has ended them.
+        if services.params_port and self.config.backend == "local" and not self.resumed:
+            check_port("services.params_port", services.host, services.params_port)
 
     def step(self, seconds: float = 1.0) -> Progress:
         assert self.driver is not None
@@ -143,7 +164,16 @@ class Session:
         progress = self.driver.step(seconds)
         self._files.write(progress)
         self._keep_curve()
+        self._export(progress)
         return progress
+
+    def _export(self, progress: Progress) -> None:
+        self.metrics["driver_env_steps"].set(progress.env_steps)
+        self.metrics.labels("driver_actors", state="running").set(progress.actors)
+        self.metrics.labels("driver_actors", state="away").set(self.config.actors.count - progress.actors)
+        assert self.driver is not None
+        for role, count in self.driver.take_restarts().items():
+            self.metrics.labels("driver_restarts_total", restarted=role).inc(count)
 
     @property
     def finished(self) -> bool:
@@ -161,6 +191,7 @@ class Session:
         progress = self.driver.progress
         report = evaluate_run(self.run_dir.path, self.config.evaluation.episodes)
         self._files.write(progress, force=True)
+        self.metrics["driver_eval_return"].set(report.mean)
         self._files.scalar("eval/return_mean", report.mean, progress.env_steps)
         summary = Summary(
             run_dir=str(self.run_dir.path),
@@ -201,6 +232,7 @@ class Session:
         if self._files is not None:
             self._files.close()
             self._files = None
+        self.metrics.close()
         self.run_dir.release()
 
     def status(self) -> dict[str, Any]:
