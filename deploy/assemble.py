@@ -72,7 +72,7 @@ def replay_shard(
         Path(run_dir) / "replay",
         index,
         table_spec(config, env_spec),
-        capacity_rows=max(64, config.replay.capacity // config.replay.shards),
+        capacity_rows=config.shard_capacity,
         segment_rows=config.replay.segment_rows,
         initial_grant=-(-(config.prefill + config.chunk_total) // config.replay.shards),
         metrics=metrics,

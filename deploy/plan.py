@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deploy.assemble import table_spec
+from deploy.assemble import rate_limiter, security, table_spec
 from deploy.probe import probe_env
 from deploy.run_config import RunConfig
 from system.config import Layers, dump_with_origin
-from system.specs import EnvSpec
+from system.specs import EnvSpec, TableSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +47,31 @@ class Plan:
         )
 
 
+def check_settings(config: RunConfig, env_spec: EnvSpec) -> TableSpec:
+    """Refuse what a role would refuse later, before anything exists; return the table.
+
+    Raises: ConfigError for settings that do not fit together, PreflightError for an absent device.
+    """
+    from replay.reader import check_fits
+    from replay.segment import choose_geometry
+
+    table = table_spec(config, env_spec)
+    security(config)
+    rate_limiter(config).check_update(config.batch_rows)
+    share = config.shard_capacity
+    geometry = choose_geometry(table.row_nbytes, share, config.replay.segment_rows)
+    check_fits(share, geometry.total, config.learner.length + config.learner.context)
+    if config.backend == "local" and config.learner.device not in ("auto", "cpu"):
+        from learner.devices import resolve_device  # on a cluster only the learner's node can tell
+
+        resolve_device(config.learner.device)
+    return table
+
+
 def plan(config: RunConfig) -> Plan:
     """Probe the environment and add up what the run would use. Raises what `train` would raise."""
     env_spec = probe_env(config.env.name, config.env.options)
-    table = table_spec(config, env_spec)
-    if config.learner.device not in ("auto", "cpu") and "torch" not in sys.modules:
-        from learner.devices import resolve_device
-
-        resolve_device(config.learner.device)
+    table = check_settings(config, env_spec)
     rows = min(config.replay.capacity, config.env_steps)
     trained = max(0, config.env_steps - config.prefill) * config.replay.train_ratio
     return Plan(

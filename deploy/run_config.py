@@ -206,6 +206,11 @@ class RunConfig(StrictConfig):
         return max(self.replay.prefill, rows * streams)
 
     @property
+    def shard_capacity(self) -> int:
+        """Rows one shard keeps."""
+        return max(64, self.replay.capacity // self.replay.shards)
+
+    @property
     def directory(self) -> Path:
         return self.root / self.name
 
