@@ -71,11 +71,9 @@ def load_agent(path: Path) -> tuple[RunConfig, EnvSpec, Any, Mapping[str, Any]]:
 
     config, env_spec = open_run(path)
     store = CheckpointStore(RunDirectory(path).checkpoints, keep=config.learner.keep_checkpoints)
-    loaded = store.newest()
+    loaded = store.newest_sound()
     if loaded is None:
-        raise ConfigError(
-            f"{path} has no checkpoint that verifies; train longer or restore checkpoints/ from a copy"
-        )
+        raise ConfigError(f"{path} has no checkpoint yet; train longer or restore checkpoints/ from a copy")
     check_signature(signature(config, env_spec), loaded.meta["signature"])
     cpu = config.model_copy(update={"learner": config.learner.model_copy(update={"device": "cpu"})})
     agent = assemble.agent(cpu, env_spec)

@@ -97,6 +97,23 @@ class CheckpointStore:
                 log.warning("checkpoint skipped", extra={"path": str(path), "why": str(error)})
         return None
 
+    def newest_sound(self) -> Loaded | None:
+        """As `newest`, None only where nothing was ever saved.
+
+        Raises: IntegrityError when there are checkpoints and none verifies: to go on without would silently
+        train from scratch.
+        """
+        loaded = self.newest()
+        if loaded is None and (present := self.paths()):
+            try:
+                self.load(present[-1])
+            except IntegrityError as error:
+                raise IntegrityError(
+                    f"none of the {len(present)} checkpoints in {self.root} verifies, the newest because: "
+                    f"{error}. To train from scratch on the replay there is, move {self.root.name}/ away"
+                ) from error
+        return loaded
+
     def load(self, path: Path) -> Loaded:
         """Verify and read one checkpoint. Raises: IntegrityError naming the file and the remedy."""
         manifest = _read_manifest(path)

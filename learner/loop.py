@@ -66,9 +66,9 @@ def resume(
     """Load the newest checkpoint that verifies into all three; return how far it had come, else zeros.
 
     `signature` says what the model and environment are now.
-    Raises: ConfigError naming what differs from the checkpoint's.
+    Raises: ConfigError naming what differs from the checkpoint's; IntegrityError when none is sound.
     """
-    loaded = store.newest()
+    loaded = store.newest_sound()
     if loaded is None:
         return Progress()
     check_signature(signature, loaded.meta["signature"])

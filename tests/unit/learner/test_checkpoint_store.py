@@ -90,6 +90,20 @@ def test_an_empty_store_has_nothing(store: CheckpointStore):
     assert store.newest() is None
 
 
+def test_only_broken_checkpoints_are_an_error_not_a_fresh_start(store: CheckpointStore):
+    assert store.newest_sound() is None
+    for step in (1, 2):
+        store.save(step, some_state(step), META)
+    (store.paths()[-1] / "manifest.json").write_text("{")
+    assert store.newest_sound().step == 1
+    (store.paths()[0] / "arrays.safetensors").write_bytes(b"")
+    assert store.newest() is None
+    with pytest.raises(
+        IntegrityError, match=r"none of the 2 checkpoints .*manifest\.json.*move checkpoints/"
+    ):
+        store.newest_sound()
+
+
 def test_only_the_newest_are_kept_and_the_last_save_wins(store: CheckpointStore):
     for step in (
         10,
