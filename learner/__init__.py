@@ -1,0 +1,1 @@
+"""Experience into weights: world-model families, the update loop, publishing and checkpoints. The only room with torch."""

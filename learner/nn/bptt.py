@@ -146,7 +146,6 @@ class _Saved(NamedTuple):
 
 class _Rollout(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         deter, stoch, drive, projected, keep, uniform, unimix = args[:7]
         core, posterior = CoreWeights(*args[7:17]), PosteriorWeights(*args[17:])
@@ -165,7 +164,6 @@ class _Rollout(torch.autograd.Function):
         return saved.deter, mix(saved.soft, unimix), saved.stoch
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         (deter, stoch, keep), saved = tensors[:3], _Saved(*tensors[3:10])

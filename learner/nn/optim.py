@@ -42,14 +42,6 @@ class FlatParameters:
         parts = flat.split(self.sizes)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    def range(self, prefix: str) -> slice:
-        """The part of the buffer that holds the parameters of one submodule (they are contiguous)."""
-        picked = [i for i, name in enumerate(self.names) if name.startswith(prefix)]
-        assert picked, (prefix, self.names)
-        assert picked == list(range(picked[0], picked[-1] + 1)), prefix
-        start = sum(self.sizes[: picked[0]])
-        return slice(start, start + sum(self.sizes[picked[0] : picked[-1] + 1]))
-
     def to_arrays(self, flat: Tensor) -> Arrays:
         """A buffer as named float32 arrays (copies), for checkpoints and publishing."""
         views = self.views(flat.detach().to("cpu", copy=True))

@@ -107,6 +107,10 @@ class DreamerAgent:
         trained = {
             k: self._tensor(columns[k][:, context:]) for k in ("reward", "is_first", "is_last", "is_terminal")
         }
+        # An episode that its actor abandoned has no last row: what precedes a first row was one, or returns
+        # would run on into the next episode.
+        trained["is_last"] = trained["is_last"].clone()
+        trained["is_last"][:, :-1] |= trained["is_first"][:, 1:]
         action = encode_action(self._tensor(columns["action"]), self.env.action)  # [B, C + T, A]
         before = (
             action[:, context - 1 : -1]

@@ -306,6 +306,18 @@ def test_time_limit_is_not_terminal_in_the_continuation_target():
     assert losses["terminal"] != losses["neither"]
 
 
+def test_row_before_a_first_row_counts_as_last_even_if_the_episode_was_abandoned():
+    env = vector_env()
+    agent, columns = build(env)
+    batch = draw(env, columns, batch=1, rows=5)
+    first, last = np.zeros((1, 5), bool), np.zeros((1, 5), bool)
+    first[0, 3] = True
+    rows, _ = agent.prepare(replaced(batch, is_first=first, is_last=last, is_terminal=last))
+    assert rows["is_last"].tolist() == [[False, True, False, False]]
+    assert not rows["is_terminal"].any()
+    assert not last.any()  # the reader's arrays are left alone
+
+
 def test_read_only_arrays_are_accepted():
     env = mixed_env()
     agent, columns = build(env)
