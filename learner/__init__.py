@@ -1,1 +1,1 @@
-"""Experience into weights: world-model families, the update loop, publishing and checkpoints. The only room with torch."""
+"""Experience into weights: families, update loop, publishing, checkpoints. The only room with torch."""
