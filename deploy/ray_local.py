@@ -1,6 +1,6 @@
 """Starting and ending a small local Ray for one run, or joining a cluster.
 
-Importing this module does not import Ray: `require_token` has to come first. Neighbours: `deploy.ray_fleet`,
+Importing this module does not import Ray: `prepare_ray` has to come first. Neighbours: `deploy.ray_fleet`,
 `deploy.ray_reaper`.
 """
 
@@ -27,14 +27,18 @@ LONGEST_TEMPORARY = 24
 """Ray puts sockets 80 characters deeper, and a socket's path must stay below 107."""
 
 
-def require_token() -> None:
-    """Make a local Ray started by this process refuse whoever lacks a fresh random token.
+def prepare_ray() -> None:
+    """Settings that Ray reads once, when it is imported; does nothing afterwards.
 
-    Ray's servers listen on every interface and run what they are told. Ray reads these variables once,
-    when it is imported, so afterwards this does nothing; a cluster's or user's own choice is left alone.
+    A local Ray then refuses whoever lacks a fresh random token: its servers listen on every interface and run
+    what they are told. A cluster's or user's own choice is left alone. And Ray no longer prints a paragraph
+    on our standard output for each lost role, which the driver reports in its own way.
     """
-    if "ray" not in sys.modules and not {"RAY_AUTH_MODE", "RAY_ADDRESS"} & os.environ.keys():
+    if "ray" in sys.modules:
+        return
+    if not {"RAY_AUTH_MODE", "RAY_ADDRESS"} & os.environ.keys():
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
 
 
 def join_ray(address: str, **arguments: Any) -> None:

@@ -9,7 +9,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from deploy.driver import Progress
-from deploy.ray_local import require_token
+from deploy.ray_local import prepare_ray
 from deploy.run_config import RunConfig
 from deploy.run_dir import RunDirectory
 from system.config import Layers
@@ -22,7 +22,7 @@ class RaySession:
     """The surface of Session: start(), step() until `finished`, finish() or halt(); close() in every case."""
 
     def __init__(self, config: RunConfig, layers: Layers, *, resume: str = "auto") -> None:
-        require_token()
+        prepare_ray()
         from deploy.algorithm import Dreamfleet, DreamfleetConfig
 
         logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it advises on packages we don't need

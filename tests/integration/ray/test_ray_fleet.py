@@ -112,8 +112,8 @@ def test_a_killed_role_is_seen_and_can_be_launched_again(fleet: RayFleet, spec: 
 
 DRIVER = """
 import pathlib, sys, time
-from deploy.ray_local import require_token
-require_token()
+from deploy.ray_local import prepare_ray
+prepare_ray()
 from deploy.ray_fleet import RayFleet
 from deploy.roles import RoleSpec
 fleet = RayFleet(pathlib.Path(sys.argv[1]))
