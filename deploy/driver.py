@@ -53,8 +53,9 @@ class Progress:
 
 
 def row_counts(payload: Mapping[str, Any]) -> dict[str, int]:
-    """An actor's own count of its rows; what `deploy.audit` sets against the replay."""
-    return {name: int(payload[name]) for name in ("rows", "acknowledged", "lost") if name in payload}
+    """An actor's own count of its rows, which `deploy.audit` sets against the replay; empty for others."""
+    names = ("rows", "acknowledged", "lost") if "acknowledged" in payload else ()
+    return {name: int(payload[name]) for name in names if name in payload}
 
 
 class _Rate:
