@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from replay.rows import RowViews
 from system.specs import ArraySpec
 
 
 class BatchBuffer:
-    """Columns [B, T, ...] of one batch; `sequences[b]` lists the views [T, ...] of one, in column order.
+    """Columns [B, T, ...] of one batch; `sequences[b]` are the views [T, ...] of one.
 
     Page-aligned on purpose: numpy's own memory is 16 bytes off a cache line, where copies run at half speed.
     """
@@ -24,7 +25,7 @@ class BatchBuffer:
             count = batch * time * int(np.prod(spec.shape, dtype=np.int64))
             memory = mmap.mmap(-1, count * np.dtype(spec.dtype).itemsize)
             self.columns[name] = np.frombuffer(memory, spec.dtype, count).reshape(batch, time, *spec.shape)
-        self.sequences = [[array[b] for array in self.columns.values()] for b in range(batch)]
+        self.sequences = [RowViews({name: a[b] for name, a in self.columns.items()}) for b in range(batch)]
 
 
 class BatchRing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 Home = TypeVar("Home")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece(Generic[Home]):
-    """Consecutive rows of one run: rows first .. first + count - 1 inside its home."""
+class Piece(NamedTuple, Generic[Home]):
+    """Consecutive rows of one run: rows first .. first + rows - 1 inside its home."""
 
     home: Home
     first: int
-    count: int
+    rows: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,9 +64,8 @@ class StreamRuns(Generic[Home]):
         while length > 0:
             end = self.starts[run + 1] if run + 1 < len(self.starts) else self.hi
             count = min(length, end - position)
-            yield Piece(
-                home=self.homes[run], first=self.firsts[run] + position - self.starts[run], count=count
-            )
+            first = self.firsts[run] + position - self.starts[run]
+            yield Piece(self.homes[run], first, count)
             position += count
             length -= count
             run += 1

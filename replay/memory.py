@@ -15,7 +15,7 @@ from replay.admission import Cursor, check_chunk, rows_known, stream_key
 from replay.index import StartIndex
 from replay.limiter import RateLimiter
 from replay.reader import check_batch, check_fits, why_waiting
-from replay.rows import write_overlay
+from replay.rows import RowViews, write_overlay
 from replay.sampler import Sampler
 from system import experience
 from system.errors import DeadlineError
@@ -32,7 +32,7 @@ class _Block:
         arrays: dict[str, NDArray[Any]] = {
             name: np.zeros((BLOCK_ROWS, *spec.shape), spec.dtype) for name, spec in table.all.items()
         }
-        self.flat = list(arrays.values())
+        self.views = RowViews(arrays)
         self.columns = arrays
         self.overlay = {name: arrays[name] for name in table.overlay}
         self.start = start

@@ -1,4 +1,4 @@
-"""Rows out of and into the blocks that hold them, by position: what every reader does with an index."""
+"""Rows out of and into the memory that holds them, by position: what every reader does with an index."""
 
 from __future__ import annotations
 
@@ -8,39 +8,49 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.batches import BatchBuffer
-from replay.index import StartIndex, StreamRuns
+from replay.index import StartIndex
 from system.errors import SchemaError
 from system.experience import WriteBack
 from system.specs import TableSpec
 
+NARROW_NBYTES = 256
+"""Columns up to so many bytes per row are copied as bytes: a numpy slice copy costs twice a memoryview's."""
+
+
+class RowViews:
+    """Columns [rows, ...] of one piece of memory, in table order, as what copies fastest.
+
+    Slices, never fancy indices: on mapped memory those cost thirteen times as much.
+    """
+
+    __slots__ = ("narrow", "wide")
+
+    def __init__(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        sizes = {name: a.itemsize * int(np.prod(a.shape[1:], dtype=np.int64)) for name, a in columns.items()}
+        self.wide = [a for name, a in columns.items() if sizes[name] > NARROW_NBYTES]
+        self.narrow = [
+            (a.reshape(-1).view(np.uint8).data, sizes[name])
+            for name, a in columns.items()
+            if sizes[name] <= NARROW_NBYTES
+        ]
+
+
+def copy_rows(target: RowViews, at: int, source: RowViews, first: int, count: int) -> None:
+    """Copy rows first .. first + count - 1 of `source` to row `at` of `target`, all columns."""
+    for to, wide in zip(target.wide, source.wide, strict=True):
+        to[at : at + count] = wide[first : first + count]
+    for (into, nbytes), (narrow, _) in zip(target.narrow, source.narrow, strict=True):
+        into[at * nbytes : (at + count) * nbytes] = narrow[first * nbytes : (first + count) * nbytes]
+
 
 class RowBlock(Protocol):
-    """Memory that holds rows: views [rows, ...] of all columns in table order, and of overlays by name."""
+    """Memory that holds rows: views of all columns, and the overlay columns [rows, ...] by name."""
 
-    flat: list[NDArray[Any]]
+    views: RowViews
     overlay: dict[str, NDArray[Any]]
 
 
 Block = TypeVar("Block", bound=RowBlock)
-
-
-def copy_sequence(buffer: BatchBuffer, b: int, runs: StreamRuns[Block], position: int, length: int) -> None:
-    """Fill sequence b of the buffer with `length` rows of a stream: one slice copy per column and run.
-
-    Slices, never fancy indices: on mapped memory those cost thirteen times as much.
-    """
-    at = 0
-    targets = buffer.sequences[b]
-    for piece in runs.pieces(position, length):
-        first, last = piece.first, piece.first + piece.count
-        if piece.count == length:
-            for target, source in zip(targets, piece.home.flat, strict=True):
-                target[...] = source[first:last]
-            return
-        for target, source in zip(targets, piece.home.flat, strict=True):
-            target[at : at + piece.count] = source[first:last]
-        at += piece.count
 
 
 def write_overlay(table: TableSpec, index: StartIndex[Block], back: WriteBack) -> tuple[int, int]:
@@ -60,10 +70,10 @@ def write_overlay(table: TableSpec, index: StartIndex[Block], back: WriteBack) -
             continue
         at = first - begin
         for piece in runs.pieces(first, last - first):
-            target = slice(piece.first, piece.first + piece.count)
+            target = slice(piece.first, piece.first + piece.rows)
             for name, values in back.columns.items():
-                piece.home.overlay[name][target] = values[b, at : at + piece.count]
-            at += piece.count
+                piece.home.overlay[name][target] = values[b, at : at + piece.rows]
+            at += piece.rows
         written += last - first
     return written, batch * count - written
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from replay.batches import BatchRing, mark_borders
 from replay.index import StartIndex
-from replay.rows import Block, copy_sequence
+from replay.rows import Block, copy_rows
 from system.experience import Sequence, SequenceIds
 from system.seeds import generator
 from system.specs import ArraySpec
@@ -38,7 +38,10 @@ class Sampler:
         drawn = index.resolve(uniform(self._rng, index.total, self._batch))
         buffer = self._ring.take()
         for row, (runs, position) in enumerate(drawn):
-            copy_sequence(buffer, row, runs, position, index.length)
+            at = 0
+            for block, first, count in runs.pieces(position, index.length):
+                copy_rows(buffer.sequences[row], at, block.views, first, count)
+                at += count
         mark_borders(buffer.columns["is_first"], buffer.columns["is_last"])
         ids = SequenceIds(
             shard=np.asarray([runs.shard for runs, _ in drawn], np.int32),

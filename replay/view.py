@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from replay import layout
 from replay.admission import stream_key
 from replay.catalog import Catalog
 from replay.index import StartIndex, StreamRuns
+from replay.rows import RowViews
 from replay.segment import Segment, allow_many_files
 from system.experience import StreamId
 from system.specs import TableSpec
@@ -25,13 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class MappedSegment:
-    """A segment as the view sees it: flat views [S * T, ...] in column order, and the rows known so far."""
+    """A segment as the view sees it: flat views [S * T, ...], and the rows known so far."""
 
-    def __init__(self, segment: Segment, names: tuple[str, ...]) -> None:
+    def __init__(self, segment: Segment) -> None:
         self.segment = segment
         arrays = {**segment.columns, **segment.overlay}
         flat = {name: a.reshape(-1, *a.shape[2:]) for name, a in arrays.items()}
-        self.flat: list[NDArray[Any]] = [flat[name] for name in names]
+        self.views = RowViews(flat)
         self.overlay = {name: flat[name] for name in segment.overlay}
         slots = segment.geometry.slots
         self.known = np.zeros(slots, np.int64)  # [S] rows of each slot the index has
@@ -63,7 +62,6 @@ class TableView:
         allow_many_files()
         self.root = root
         self.table = table
-        self.names = tuple(table.all)
         self.index: StartIndex[MappedSegment] = StartIndex(length)
         self._shards: dict[int, _MappedShard] = {}
         self._root_mtime = -1
@@ -140,7 +138,7 @@ class TableView:
             except FileNotFoundError:  # evicted between listing and opening
                 settled = False
                 continue
-            shard.segments[name] = MappedSegment(segment, self.names)
+            shard.segments[name] = MappedSegment(segment)
         shard.growing = [m for m in shard.segments.values() if (m.known < m.segment.geometry.rows).any()]
         return settled
 

@@ -79,13 +79,13 @@ def check_rows(root: Path, table: TableSpec, acknowledged: dict[int, int]) -> di
     for (_, env), runs in view.index.streams.items():
         at = runs.lo
         for piece in runs.pieces(runs.lo, runs.hi - runs.lo):
-            rows = slice(piece.first, piece.first + piece.count)
-            wanted = synthetic.rows(table, StreamId(actor=0, env=env), at, piece.count)
+            rows = slice(piece.first, piece.first + piece.rows)
+            wanted = synthetic.rows(table, StreamId(actor=0, env=env), at, piece.rows)
             arrays = {**piece.home.segment.columns, **piece.home.segment.overlay}
             for name, values in wanted.columns.items():
                 flat = arrays[name].reshape(-1, *values.shape[1:])
                 np.testing.assert_array_equal(flat[rows], values, err_msg=f"{name} of row {at}")
-            at += piece.count
+            at += piece.rows
         found[env] = (runs.lo, runs.hi)
         assert runs.hi >= acknowledged.get(env, 0)
     return found

@@ -53,7 +53,7 @@ def test_pieces_cover_a_sequence_across_runs(sizes: list[int], data: st.DataObje
     rows = [
         (piece.home, piece.first - 100 + i)
         for piece in runs.pieces(position, length)
-        for i in range(piece.count)
+        for i in range(piece.rows)
     ]
     everything = [(f"0.1.{n}", i) for n, size in enumerate(sizes) for i in range(size)]
     begin = position - 10

@@ -168,10 +168,10 @@ def test_a_reader_keeps_its_rows_while_they_are_evicted_under_it(tmp_path: Path)
     shard.append([rows(200, 500)], 5.0)
     at = 20
     for piece in pieces:
-        wanted = rows(at, piece.count).columns["vector"]
-        got = piece.home.segment.columns["vector"].reshape(-1, 4)[piece.first : piece.first + piece.count]
+        wanted = rows(at, piece.rows).columns["vector"]
+        got = piece.home.segment.columns["vector"].reshape(-1, 4)[piece.first : piece.first + piece.rows]
         np.testing.assert_array_equal(got, wanted)
-        at += piece.count
+        at += piece.rows
     view.refresh()
     assert (runs.hi, view.index.rows) == (700, shard.stats().rows)
     shard.close()
@@ -319,7 +319,7 @@ def test_a_shard_behaves_like_a_list_that_forgets_its_oldest_rows(
             at = runs.lo
             for piece in runs.pieces(runs.lo, runs.hi - runs.lo):
                 columns = {n: a.reshape(-1, *a.shape[2:]) for n, a in piece.home.segment.columns.items()}
-                for i in range(piece.first, piece.first + piece.count):
+                for i in range(piece.first, piece.first + piece.rows):
                     inc, number = wanted[at]
                     assert (columns["incarnation"][i], synthetic.row_number(columns)[i]) == (inc, number)
                     at += 1
