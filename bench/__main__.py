@@ -1,7 +1,8 @@
 """`python -m bench NAME [--json] [...]`: one JSON object per row on stdout.
 
 Without --json a readable line goes to stderr beside it. Each bench is a module with
-add_arguments(parser) and rows(options), imported only when asked for. `all` runs every one in a process of its own and rewrites the tables of docs/performance.md.
+add_arguments(parser) and rows(options), imported only when asked for. `all` runs every one in a
+process of its own and rewrites the tables of docs/performance.md.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.load import Row, repeat, timed
 from learner.catalog import make_agent, make_config, make_policy
+from learner.devices import resolve_device
 from learner.families.dreamer.config import DreamerConfig
 from learner.families.dreamer.latents import latent_columns
 from system.experience import Sequence, SequenceIds, Step
@@ -58,7 +59,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     torch.set_num_threads(options.threads)
     config = make_config("dreamer", {"size": SIZES[options.size], "dtype": options.dtype})
     cases = list(CASES) if options.case == "all" else [options.case]
-    yield from _peak_row(options.device, options.dtype)
+    yield _peak_row(options)
     for case in cases:
         yield from _update_rows(case, config, options)
     torch.set_num_threads(1)
@@ -94,7 +95,7 @@ def _noise(
     return rng.integers(0, high, size=full).astype(spec.dtype)
 
 
-def matmul_peak(device: str, dtype: torch.dtype) -> tuple[float, float]:
+def matmul_peak(device: str, dtype: torch.dtype, seconds: float) -> tuple[float, float]:
     """(GFLOP/s of the best of many square matrix products, foreign load meanwhile)."""
     a, b = (torch.randn(PEAK_SIDE, PEAK_SIDE, device=device, dtype=dtype) for _ in range(2))
 
@@ -106,22 +107,20 @@ def matmul_peak(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
         return timed(product)
 
-    samples = repeat(multiply, seconds=2.0, least=20)
+    samples = repeat(multiply, seconds=seconds / 10, least=10)
     return 2 * PEAK_SIDE**3 / min(samples.values) / 1e9, samples.foreign_load
 
 
-def _device(name: str) -> torch.device:
-    from learner.devices import resolve_device
+def _peak(options: argparse.Namespace) -> tuple[float, float]:
+    kind = torch.float32 if options.dtype == "fp32" else torch.bfloat16
+    return matmul_peak(str(resolve_device(options.device)), kind, options.seconds)
 
-    return resolve_device(name)
 
-
-def _peak_row(device: str, dtype: str) -> Iterator[Row]:
-    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-    peak, foreign = matmul_peak(str(_device(device)), kind)
-    yield Row(
+def _peak_row(options: argparse.Namespace) -> Row:
+    peak, foreign = _peak(options)
+    return Row(
         bench="learner",
-        case=f"machine-{dtype}",
+        case=f"machine-{options.dtype}",
         metric="matmul_peak",
         value=peak,
         unit="GFLOP/s",
@@ -140,10 +139,9 @@ def _update_rows(case: str, config: DreamerConfig, options: argparse.Namespace) 
     for _ in range(2):  # buffers, caches, compiled parts
         agent.learn(sequence, carry)
 
-    kind = torch.float32 if options.dtype == "fp32" else torch.bfloat16
-    before, _ = matmul_peak(str(agent.device), kind)
+    before, _ = _peak(options)
     samples = repeat(lambda: 1000 * timed(lambda: agent.learn(sequence, carry)), seconds=options.seconds)
-    after, _ = matmul_peak(str(agent.device), kind)
+    after, _ = _peak(options)
     share = gflop / (samples.median / 1000) / max(before, after)
     name = case if options.size == "1m" else f"{case}-{options.size}"
     yield samples.row("learner", name, "update_ms", "ms", ratio=share, ratio_to="matmul_peak")
