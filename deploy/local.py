@@ -24,8 +24,8 @@ from system.errors import InfrastructureError
 
 log = logging.getLogger(__name__)
 LOG_TAIL_BYTES = 4000
-LEFTOVER_SECONDS = 20.0
-"""Roles whose driver was killed may take this long to send their rows and write their checkpoint."""
+LEFTOVER_SECONDS = 10.0
+"""Roles whose driver was killed may take this long to write their checkpoint; their peers are gone too."""
 
 
 def leftovers(run_dir: Path) -> list[psutil.Process]:
