@@ -49,8 +49,9 @@ def probe_env(name: str, options: Mapping[str, Any]) -> EnvSpec:
         )
     answer = json.loads(answers[-1].removeprefix(ANSWER))
     if "error" in answer:
-        kind = ConfigError if answer["exit_code"] == ConfigError.exit_code else EnvError
-        raise kind(answer["error"])
+        if answer["exit_code"] == ConfigError.exit_code:
+            raise ConfigError(answer["error"])
+        raise EnvError(f"{answer['error']}; mend it, and try it alone with `dreamfleet env check {name}`")
     return EnvSpec.from_json(answer["spec"])
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deploy.log_lines import log_to_stderr
 from deploy.roles import Role, RoleSpec, make_role
 from deploy.run_dir import write_atomic
 from system.errors import DreamfleetError
@@ -89,7 +90,7 @@ def main() -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s %(message)s")
     spec = RoleSpec.from_json(sys.stdin.read())
     _die_with_parent(parent)
     path = Path(spec.run_dir) / "status" / f"{spec.key}.json"

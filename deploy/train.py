@@ -9,6 +9,7 @@ import sys
 import threading
 from typing import Any
 
+from deploy.log_lines import log_to_stderr
 from deploy.progress import Display
 from deploy.run_config import RunConfig
 from deploy.session import Session
@@ -56,7 +57,7 @@ def _make_session(config: RunConfig, layers: Layers, resume: str) -> Any:
 
 def train_run(config: RunConfig, layers: Layers, *, resume: str = "auto", as_json: bool = False) -> int:
     """Run to the end and print the result. Returns the exit code: 0, or 75 when stopped on request."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
     out = sys.stderr if as_json else sys.stdout
     stop = StopRequest()
     session = _make_session(config, layers, resume)
