@@ -65,7 +65,8 @@ def join_ray(address: str, **arguments: Any) -> None:
 class LocalRay:
     """A small Ray on this machine for one run; ends with this process, however that ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpus: int = 1) -> None:
+        """`cpus`: what tasks and trials may book, and workers started ahead; our roles book none."""
         if os.environ.get("RAY_AUTH_MODE") != "token":
             log.warning("local Ray has no token, so any peer on the network may use it; RAY_AUTH_MODE=token")
         base = tempfile.gettempdir()
@@ -75,7 +76,7 @@ class LocalRay:
         try:
             join_ray(
                 "local",
-                num_cpus=1,  # prestarts one worker; roles of a local run book no CPU
+                num_cpus=cpus,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 _temp_dir=self._directory,
