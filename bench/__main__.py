@@ -27,10 +27,9 @@ LONGEST_SECONDS = 3600.0
 
 
 def names() -> list[str]:
-    """Every bench there is: modules of this package with a rows() of their own."""
-    here = Path(__file__).parent
-    plumbing = {"__init__", "__main__", "load", "report", "proof"}
-    return sorted(path.stem for path in here.glob("*.py") if path.stem not in plumbing)
+    """Every bench there is: modules of this package with a rows(), found without importing them."""
+    modules = Path(__file__).parent.glob("*.py")
+    return sorted(path.stem for path in modules if "\ndef rows(" in path.read_text())
 
 
 def main(arguments: list[str] | None = None) -> int:
