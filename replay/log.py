@@ -19,6 +19,7 @@ from pathlib import Path
 from replay import layout
 from replay.admission import MAX_ACTOR, MAX_ENV, Cursor, stream_key, stream_of
 from replay.catalog import Catalog
+from replay.holes import release_unused
 from replay.segment import Segment, SegmentFormat
 from system.errors import DeadlineError, IntegrityError, PreflightError
 from system.experience import Columns, StreamId
@@ -239,6 +240,7 @@ class SegmentLog:
                 continue
             for slot, used in enumerate(committed):
                 self._recover_slot(segment, slot, used)
+            release_unused(segment)  # its owner is dead; streams go on in segments of this epoch
             rows = sum(committed)
             self._entries[number] = _Entry(path, rows, self._format.nbytes)
             self.rows += rows

@@ -147,12 +147,12 @@ class SegmentFormat:
         (path / "zarr.json").write_text(json.dumps(group))
         for name, spec in specs.items():
             _allocate(
-                _data_path(path, name, 2 + len(spec.shape)), self._data_nbytes(spec), self._indices[name]
+                data_path(path, name, 2 + len(spec.shape)), self._data_nbytes(spec), self._indices[name]
             )
         if "committed/zarr.json" in documents:
             slots = self.geometry.slots
-            _allocate(_data_path(path, "committed", 1), 0, bytes(8 * slots))
-            _allocate(_data_path(path, "_slots", 2), 0, b"\xff" * (24 * slots))
+            _allocate(data_path(path, "committed", 1), 0, bytes(8 * slots))
+            _allocate(data_path(path, "_slots", 2), 0, b"\xff" * (24 * slots))
 
     def _data_nbytes(self, spec: ArraySpec) -> int:
         return self.geometry.total * spec.nbytes
@@ -197,7 +197,8 @@ def _documents(specs: Mapping[str, ArraySpec], geometry: Geometry, *, with_slots
     return {key: value.to_bytes() for key, value in found.items() if key.endswith("/zarr.json")}
 
 
-def _data_path(group: Path, name: str, ndim: int) -> Path:
+def data_path(group: Path, name: str, ndim: int) -> Path:
+    """The one file that holds an array of a segment."""
     return group.joinpath(name, "c", *["0"] * ndim)
 
 
@@ -268,7 +269,7 @@ class Segment:
         self, group: Path, name: str, spec: ArraySpec, lead: tuple[int, ...], writable: bool
     ) -> NDArray[Any]:
         shape = lead + spec.shape
-        path = _data_path(group, name, len(shape))
+        path = data_path(group, name, len(shape))
         data = math.prod(lead) * spec.nbytes
         tail = math.prod(lead) // CHUNK_ROWS * 16 + 4 if len(lead) == 2 else 0
         try:
@@ -290,6 +291,10 @@ class Segment:
             os.close(handle)
         self._maps.append(mapped)
         return np.frombuffer(mapped, spec.dtype, data // np.dtype(spec.dtype).itemsize).reshape(shape)
+
+    def groups(self) -> tuple[tuple[Path, Arrays], ...]:
+        """The Zarr groups on disk, each with its columns [S, T, ...]."""
+        return (self.path, self.columns), (layout.overlay_path(self.path), self.overlay)
 
     def populate(self) -> None:
         """Touch all pages in order, so that the kernel backs them with large pages and appends do not fault.

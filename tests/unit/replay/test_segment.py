@@ -103,3 +103,26 @@ def test_half_made_segments_are_removed_at_opening(tmp_path: Path) -> None:
     assert not (directory / "00000009-e0001.overlay.zarr").exists()
     shard.close()
     assert list((directory / layout.SCRATCH).iterdir()) == []
+
+
+def test_reopening_gives_back_the_blocks_its_dead_owner_reserved(tmp_path: Path) -> None:
+    table = synthetic.image_table(size=32)
+    stream = StreamId(actor=1, env=0)
+    shard = ReplayShard(tmp_path, 0, table, capacity_rows=8192, segment_rows=1024)
+    shard.append([synthetic.rows(table, stream, 0, 100)], 5.0)
+    (path,) = stored(layout.shard_dir(tmp_path, 0))
+    image = path / "image" / "c" / "0" / "0" / "0" / "0" / "0"
+    before = image.stat()
+    shard.close()
+    shard = ReplayShard(tmp_path, 0, table, capacity_rows=8192, segment_rows=1024)
+    after = image.stat()
+    assert after.st_size == before.st_size
+    assert after.st_blocks < before.st_blocks / 4
+    wanted = synthetic.rows(table, stream, 0, 100).columns["image"]
+    group = zarr.open_group(path, mode="r")
+    counts, slots = group["committed"][:], group["_slots"][:]
+    for slot in np.flatnonzero(counts):
+        begin = int(slots[slot, 2])
+        rows = int(counts[slot])
+        np.testing.assert_array_equal(group["image"][slot, :rows], wanted[begin : begin + rows])
+    shard.close()
