@@ -20,6 +20,7 @@ import psutil
 
 from deploy.fleet import RoleStatus
 from deploy.roles import RoleSpec
+from deploy.run_dir import written
 from system.errors import InfrastructureError
 
 log = logging.getLogger(__name__)
@@ -82,10 +83,13 @@ class LocalFleet:
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads(spec)), "PYTHONUNBUFFERED": "1"}
         root = str(Path(__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-        with (self._run_dir / "logs" / f"{spec.key}.log").open("ab") as log:
+        path = self._run_dir / "logs" / f"{spec.key}.log"
+        with written(path):
+            output = path.open("ab")
+        with output:
             child = subprocess.Popen(
                 [sys.executable, "-m", "deploy.role_process", str(os.getpid())],
-                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment,
             )  # fmt: skip
         assert child.stdin is not None
         try:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from deploy.driver import Progress
+from deploy.run_dir import append_text, written
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -87,11 +91,13 @@ class MetricFiles:
     """metrics/metrics.jsonl and TensorBoard events, one record per `seconds`; x is environment steps."""
 
     def __init__(self, directory: Path, seconds: float = 2.0) -> None:
-        from tensorboardX import SummaryWriter
+        # SummaryWriter writes in a thread that dies with a full disk and then blocks its callers for ever.
+        from tensorboardX.event_file_writer import EventsWriter
 
-        self._file = (directory / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(directory), flush_secs=10)
-        self._seconds, self._last = seconds, 0.0
+        self._path = directory / "metrics.jsonl"
+        with written(directory):
+            self._board = EventsWriter(str(directory / "events"))
+        self._seconds, self._last = seconds, -math.inf
 
     def write(self, progress: Progress, *, force: bool = False) -> None:
         now = time.monotonic()
@@ -112,19 +118,25 @@ class MetricFiles:
         if progress.train_ratio is not None:
             scalars["learner/train_ratio"] = progress.train_ratio
         scalars |= {f"learner/{key}": float(value) for key, value in progress.learner.items()}
-        record = {"schema": 1, "time": time.time(), "env_steps": progress.env_steps, **scalars}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for key, value in scalars.items():
-            self._board.add_scalar(key, value, progress.env_steps)
+        self._record(scalars, progress.env_steps)
 
     def scalar(self, name: str, value: float, env_steps: int) -> None:
-        self._file.write(
-            json.dumps({"schema": 1, "time": time.time(), "env_steps": env_steps, name: value}) + "\n"
-        )
-        self._file.flush()
-        self._board.add_scalar(name, value, env_steps)
+        self._record({name: value}, env_steps)
+
+    def _record(self, scalars: Mapping[str, float], env_steps: int) -> None:
+        """Raises: PreflightError when the disk is full."""
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.summary import scalar
+
+        now = time.time()
+        record = {"schema": 1, "time": now, "env_steps": env_steps, **scalars}
+        append_text(self._path, json.dumps(record) + "\n")
+        with written(self._path.parent):
+            for key, value in scalars.items():
+                event = Event(wall_time=now, step=env_steps, summary=scalar(key, value))
+                self._board.write_event(event)
+            self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # was raised by the write that failed
+            self._board.close()

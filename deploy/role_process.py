@@ -6,6 +6,7 @@ slice and stop; it ends by itself when PARENT, the driver that launched it, is g
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -22,7 +23,7 @@ from typing import Any
 from deploy.log_lines import log_to_stderr
 from deploy.roles import Role, RoleSpec, make_role
 from deploy.run_dir import write_atomic
-from system.errors import DreamfleetError
+from system.errors import DreamfleetError, PreflightError
 
 log = logging.getLogger(__name__)
 SLICE_SECONDS = 0.5
@@ -63,8 +64,8 @@ def _die_with_parent(parent: int) -> None:
 
 def run(spec: RoleSpec, stop: threading.Event, reporter: Reporter) -> int:
     """Start, work in slices until `stop`, stop. Returns the exit code; raises nothing."""
-    reporter.write("starting")
     try:
+        reporter.write("starting")
         role: Role = make_role(spec)
         metrics_port = role.metrics.serve() if hasattr(role, "metrics") else 0  # type: ignore[attr-defined]
         started = role.start()
@@ -80,7 +81,8 @@ def run(spec: RoleSpec, stop: threading.Event, reporter: Reporter) -> int:
         log.exception("role failed")
         code = error.exit_code if isinstance(error, DreamfleetError) else 1
         text = str(error) if isinstance(error, DreamfleetError) else traceback.format_exc(limit=-6)
-        reporter.write("failed", error=text, kind=type(error).__name__, exit_code=code)
+        with contextlib.suppress(PreflightError):  # a full disk: the exit code and the log tell as well
+            reporter.write("failed", error=text, kind=type(error).__name__, exit_code=code)
         return code
     return 0
 

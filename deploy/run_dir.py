@@ -11,23 +11,41 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from system.errors import ConfigError, IntegrityError, PreflightError
 
 
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turn an operating-system error of the body, which writes `path`, into a PreflightError."""
+    try:
+        yield
+    except OSError as error:
+        raise PreflightError(
+            f"cannot write {path} ({error.strerror}); free space there and run the same command again, or "
+            "choose another place with --set root=DIR"
+        ) from error
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` in one step. Raises: PreflightError when it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise PreflightError(
-            f"cannot write {path} ({error.strerror}); free space or choose another place with --set root=DIR"
-        ) from error
+    with written(path):
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add whole lines to a file. Raises: PreflightError when they cannot be written."""
+    with written(path), path.open("a") as file:
+        file.write(text)
 
 
 def read_json(path: Path) -> Any:
@@ -112,8 +130,7 @@ class RunDirectory:
     def event(self, name: str, **details: Any) -> None:
         """Append one lifecycle event with its reason to events.jsonl."""
         line = json.dumps({"time": time.time(), "event": name, **details}, default=str)
-        with (self.path / "events.jsonl").open("a") as file:
-            file.write(line + "\n")
+        append_text(self.path / "events.jsonl", line + "\n")
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The lifecycle events, oldest first."""

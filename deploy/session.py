@@ -20,7 +20,7 @@ from deploy.plan import check_settings
 from deploy.probe import probe_env
 from deploy.progress import MetricFiles
 from deploy.run_config import RunConfig
-from deploy.run_dir import RunDirectory, json_lines, read_json
+from deploy.run_dir import RunDirectory, append_text, json_lines, read_json, write_atomic
 from system.config import Layers, dump_with_origin, flatten
 from system.errors import ConfigError, PreflightError
 from system.metrics import Metrics
@@ -96,7 +96,7 @@ class Session:
         self._check_machine()
         self.run_dir.create()
         self.run_dir.write_json(self.run_dir.config_file, self.config.model_dump(mode="json"))
-        (self.run_dir.path / "run.yaml").write_text(dump_with_origin(self.config, self._layers))
+        write_atomic(self.run_dir.path / "run.yaml", dump_with_origin(self.config, self._layers))
         self.run_dir.write_json(self.run_dir.env_file, env_spec.to_json())
         self.run_dir.event("resumed" if self.resumed else "created", changes=self.changes)
         self._fleet = self._fleet_factory(self.config, self.run_dir.path)
@@ -157,6 +157,8 @@ class Session:
         # A resumed run's own roles may hold the port until the backend has ended them.
         if services.params_port and self.config.backend == "local" and not self.resumed:
             check_port("services.params_port", services.host, services.params_port)
+        if services.metrics_port:
+            check_port("services.metrics_port", services.host, services.metrics_port)
 
     def step(self, seconds: float = 1.0) -> Progress:
         assert self.driver is not None
@@ -222,8 +224,8 @@ class Session:
         assert self.driver is not None
         points, self.driver.curve = self.driver.curve, []
         if points:
-            with (self.run_dir.metrics / "episodes.jsonl").open("a") as file:
-                file.writelines(json.dumps(point) + "\n" for point in points)
+            lines = "".join(json.dumps(point) + "\n" for point in points)
+            append_text(self.run_dir.metrics / "episodes.jsonl", lines)
 
     def close(self) -> None:
         if self._fleet is not None:
