@@ -74,7 +74,8 @@ class Ack:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceIds:
     """Where sampled sequences lie. A stream's row positions are never reused, so a late write-back
-    to an evicted position is recognised by position alone."""
+    to an evicted position is recognised by position alone.
+    """
 
     shard: NDArray[np.int32]  # [B]
     stream: NDArray[np.int32]  # [B], slot of the stream inside its shard
