@@ -172,19 +172,22 @@ class RayFleet:
         }
 
     def _booked(self, spec: RoleSpec) -> dict[str, float]:
-        """What this role books in Ray. Raises: PreflightError for a GPU that Ray would await for ever."""
+        """What this role books in Ray.
+
+        Raises: PreflightError when the learner needs what this node lacks: Ray would wait for it for ever.
+        """
         if self._local:
             return {}  # a local Ray serves this run alone: there is nothing to share
         if self._trial is not None and spec.role != "actor":
             return {}  # the trial's own process booked the learner's share: see Dreamfleet
-        here = next(node for node in ray.nodes() if node["NodeID"] == self._node)
-        gpus = float(here["Resources"].get("GPU", 0.0))
-        booked = role_resources(spec.role, spec.config, gpus)
-        if booked.get("GPU", 0.0) > gpus:
-            raise PreflightError(
-                f"learner.device ({spec.config['learner']['device']}) needs a GPU and Ray has none on this "
-                "driver's node; start the driver on a GPU node or use --set learner.device=cpu"
-            )
+        here = next(node for node in ray.nodes() if node["NodeID"] == self._node)["Resources"]
+        booked = role_resources(spec.role, spec.config, float(here.get("GPU", 0.0)))
+        for resource in ("CPU", "GPU") if spec.role == "learner" else ():
+            if (needed := booked[resource]) > (found := float(here.get(resource, 0.0))):
+                raise PreflightError(
+                    f"the learner (device {spec.config['learner']['device']}) needs {needed:g} {resource} on "
+                    f"the driver's node, and Ray has {found:g} there; start the driver on a node that has it"
+                )
         return booked
 
     def _place(self, spec: RoleSpec) -> Any:

@@ -1,7 +1,8 @@
 """Tune runs two trials side by side on two CPUs, each a whole run in its own directory."""
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import ray
 from ray import tune
 
 from deploy.algorithm import Dreamfleet, DreamfleetConfig
+from deploy.ray_fleet import RayFleet
 from deploy.ray_local import LocalRay
+from deploy.roles import RoleSpec
 from deploy.run_dir import RunDirectory
-from system.errors import ConfigError
+from system.errors import ConfigError, PreflightError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -78,6 +81,20 @@ def test_a_trials_checkpoint_is_an_algorithm_again(results: tune.ResultGrid):
     assert report["updates"] >= result.metrics["updates"]
     assert report["env_runners"]["num_episodes"] == 4
     algo.stop()
+
+
+def test_a_learner_is_not_left_waiting_for_a_gpu_that_is_not_there(
+    results: tune.ResultGrid, spec: Callable[..., RoleSpec], run_dir: RunDirectory
+):
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("this machine has a GPU")
+    asked = spec("learner")
+    asked = dataclasses.replace(asked, config={**asked.config, "learner": {"device": "cuda", "threads": 1}})
+    fleet = RayFleet(run_dir.path)
+    with pytest.raises(PreflightError, match="needs 1 GPU"):
+        fleet.launch(asked)
+    fleet.close()
+    assert ray.is_initialized()  # it was here before the fleet
 
 
 def test_a_trial_books_what_its_roles_need(small: tuple[str, ...]):
