@@ -54,10 +54,10 @@ class ReplayConfig(StrictConfig):
 
     shards: int = Field(2, ge=1, le=1024)
     """Shard processes, each owning one directory."""
-    capacity: int = Field(1_000_000, ge=64)
+    capacity: int = Field(1_000_000, ge=128)
     """Rows kept over all shards; the oldest whole segments go first."""
     segment_rows: int | None = Field(None, ge=64)
-    """Rows of one stream in a segment; none: chosen from the size of a row."""
+    """Rows of a whole segment, a multiple of 64; none: chosen from the size of a row."""
     train_ratio: float = Field(32.0, gt=0)
     """Trained rows per inserted row, counted after prefill."""
     prefill: int = Field(1024, ge=0)
