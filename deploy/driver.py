@@ -66,6 +66,8 @@ class _Rate:
         self._seconds = seconds
 
     def add(self, now: float, count: float) -> float:
+        if self._points and count < self._points[-1][1]:  # a learner went back to its checkpoint
+            self._points.clear()
         self._points.append((now, count))
         while now - self._points[0][0] > self._seconds:
             self._points.popleft()

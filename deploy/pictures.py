@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deploy import assemble
 from deploy.evaluate import load_agent
-from deploy.run_dir import json_lines, read_json
+from deploy.run_dir import RunDirectory, json_lines, read_json
 from system.errors import ConfigError, DeadlineError
 from system.metrics import Metrics
 
@@ -33,6 +33,7 @@ def _axes() -> tuple[Any, Any]:
 
 def draw_curve(path: Path) -> Path:
     """Training return over environment steps, with the final evaluation and the random baseline."""
+    RunDirectory(path).config()  # refuses what is no run
     points = list(json_lines(path / "metrics" / "episodes.jsonl"))
     figure, axes = _axes()
     if points:
