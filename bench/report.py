@@ -10,6 +10,7 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 RESULTS = DOCS / "results"
 PERFORMANCE = DOCS / "performance.md"
+README = DOCS.parent / "README.md"
 
 
 def _proof_table(data: dict[str, Any]) -> str:
@@ -73,16 +74,38 @@ def _between(text: str, marker: str, body: str) -> str:
     return f"{head}{begin}\n\n{body}\n{end}{tail}"
 
 
+def _summary_row(data: dict[str, Any]) -> str:
+    """One line of the README's table of proofs."""
+    good = [r for r in data["rows"] if "return" in r]
+    values = [r["return"] for r in good] or [float("nan")]
+    wall = statistics.median(r["wall_seconds"] for r in good) if good else float("nan")
+    chance = statistics.fmean(r["random"] for r in good) if good else float("nan")
+    steps = statistics.median(r["env_steps"] for r in good) if good else float("nan")
+    return (
+        f"| {data['case']} | {len(data['rows'])} | {statistics.median(values):.2f} | {min(values):.2f} | "
+        f"{chance:.2f} | {steps:.0f} | {wall:.0f} |"
+    )
+
+
 def rewrite() -> None:
-    """Replace what stands between the markers `proofs` and `bench`."""
+    """Replace what stands between the markers `proofs` and `bench`, and `results` in the README."""
     text = PERFORMANCE.read_text()
-    proofs = [_proof_table(json.loads(p.read_text())) for p in sorted(RESULTS.glob("proof-*.json"))]
+    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("proof-*.json"))]
+    proofs = [_proof_table(data) for data in found]
     benches = []
     for path in sorted(RESULTS.glob("bench-*.json")):
         data = json.loads(path.read_text())
         benches.append(_bench_table(data["name"], data["rows"], data["command"]))
     text = _between(text, "proofs", "\n".join(proofs))
     PERFORMANCE.write_text(_between(text, "bench", "\n".join(benches)))
+    table = [
+        "| case | seeds | median evaluation return | worst | random | env steps | median wall s |",
+        "|---|---|---|---|---|---|---|",
+        *map(_summary_row, found),
+        "",
+        "Two CPU cores, whole runs from start to summary on a local Ray.",
+    ]
+    README.write_text(_between(README.read_text(), "results", "\n".join(table) + "\n"))
 
 
 if __name__ == "__main__":
