@@ -6,6 +6,7 @@ behavior, which bring losses. Letters: B batch, T trained rows, C context rows.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -189,7 +190,14 @@ class DreamerAgent:
             for name, parameter in slow.items():
                 parameter.copy_(torch.from_numpy(np.asarray(state["slow"][name], np.float32)))
         self.behavior.returns.pair.copy_(torch.from_numpy(np.asarray(state["returns"], np.float32)))
-        self.generator.set_state(torch.from_numpy(np.array(state["rng"], np.uint8)))
+        self._restore_generator(np.array(state["rng"], np.uint8))
+
+    def _restore_generator(self, saved: NDArray[np.uint8]) -> None:
+        """Go on in the saved random stream; one of another kind of device only seeds a new stream."""
+        if saved.size == self.generator.get_state().numel():
+            self.generator.set_state(torch.from_numpy(saved))
+        else:  # trained on a GPU and evaluated on a CPU, say: their generators have nothing in common
+            self.generator.manual_seed(zlib.crc32(saved.tobytes()))
 
     def _slow(self) -> dict[str, Tensor]:
         return dict(self.behavior.slow.named_parameters())

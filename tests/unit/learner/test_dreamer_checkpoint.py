@@ -29,3 +29,12 @@ def test_state_survives_the_files_exactly(tmp_path):
     assert torch.equal(first.parameters.values, second.parameters.values)
     assert torch.equal(first.generator.get_state(), second.generator.get_state())
     np.testing.assert_array_equal(first.state()["returns"], second.state()["returns"])
+
+
+def test_state_saved_on_another_kind_of_device_loads_with_a_new_random_stream():
+    state = agent(1).state() | {"rng": np.arange(16, dtype=np.uint8)}  # a CUDA generator's state is 16 bytes
+    first, second = agent(2), agent(3)
+    first.load(state)
+    second.load(state)
+    np.testing.assert_array_equal(first.parameters.values, second.parameters.values)
+    assert torch.equal(first.generator.get_state(), second.generator.get_state())
