@@ -118,3 +118,12 @@ def test_loss_and_its_gradient_equal_the_float64_reference():
 def test_target_that_is_not_finite_makes_the_loss_nan(bad):
     code = TwoHot.of(torch.zeros(2, COUNT), mirrored_bins(COUNT))
     assert code.loss(torch.tensor([bad, 1.0])).isnan().tolist() == [True, False]
+
+
+def test_mean_keeps_float32_under_autocast():
+    code = TwoHot.of(torch.linspace(-3.0, 3.0, 4 * COUNT).view(4, COUNT).sin(), mirrored_bins(COUNT))
+    plain = code.mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = code.mean()
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, plain)
