@@ -183,14 +183,18 @@ class Driver:
         """
         time.sleep(seconds)
         statuses = self.fleet.statuses()
+        self._count(statuses)  # before mending: a relaunched role must not inherit its predecessor's counts
         for key, status in statuses.items():
             self._mend(key, status)
-        self._count(statuses)
+        self.progress.restarts = self._restart_total
         self._publish_targets(statuses)
         return self.progress
 
     def _mend(self, key: str, status: RoleStatus) -> None:
         now = time.monotonic()
+        if self._draining and key.startswith("actor"):
+            self._relaunch_at.pop(key, None)  # one that waits for its next life would collect for ever
+            return
         if key in self._relaunch_at:
             if now >= self._relaunch_at[key]:
                 del self._relaunch_at[key]
@@ -199,8 +203,6 @@ class Driver:
             return
         silent = status.state in ("starting", "running") and status.age > self.config.silent_seconds
         if status.state != "failed" and not silent:
-            return
-        if self._draining and key.startswith("actor"):
             return
         if status.state == "failed" and status.exit_code in FATAL_EXIT_CODES:
             self._fail(key, status)
