@@ -192,6 +192,9 @@ def main() -> None:
     """Console entry: user errors become one screen on stderr and an exit code."""
     from system.errors import DreamfleetError
 
+    # A user's module:callable lives where the command is run: roles find it there, so must the evaluation.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
