@@ -68,7 +68,9 @@ def draw_open_loop(path: Path) -> list[Path]:
     reader = assemble.replay_reader(config, env_spec, str(path), (), metrics, limiter=anything_goes)
     try:
         sequence = reader.sample(timeout=5.0)
-        report = open_loop(agent, sequence, context=CONTEXT_ROWS, seed=config.seed)
+        report = open_loop(
+            agent, sequence, context=min(CONTEXT_ROWS, config.learner.length - 1), seed=config.seed
+        )
     except DeadlineError as error:
         raise ConfigError(
             f"{path} has no replay to predict from ({error}); keep its replay/ directory"
@@ -82,11 +84,11 @@ def draw_open_loop(path: Path) -> list[Path]:
 
 
 def _write_video(stem: Path, frames: NDArray[np.uint8]) -> list[Path]:
-    """Frames [T, H, W, C], C 1 or 3: written as GIF and MP4, magnified to be seen."""
+    """Frames [T, H, W, C]: written as GIF and MP4, magnified to be seen; of a frame stack, the newest one."""
     import imageio.v3 as iio
 
-    if frames.shape[-1] == 1:
-        frames = frames.repeat(3, -1)
+    depth = 1 if frames.shape[-1] % 3 else 3
+    frames = frames[..., -depth:].repeat(3 // depth, -1)
     scale = max(1, 384 // frames.shape[1])
     big = frames.repeat(scale, 1).repeat(scale, 2)
     big = big[:, : big.shape[1] // 2 * 2, : big.shape[2] // 2 * 2]  # H.264 wants even sides
