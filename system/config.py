@@ -108,7 +108,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         node = loader.get_single_node()
         lines = dict(_key_lines(node, str(path)))
         values = {} if node is None else loader.construct_document(node)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, holds a {type(values).__name__}")
@@ -123,7 +123,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set {text!r} must look like section.key=value, e.g. --set actors.count=4")
     try:
         parsed = _StrictLoader(value).get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, say 2024-13-45
         raise ConfigError(f"--set {text!r}: the value is not valid YAML ({error})") from error
     out: Any = parsed
     for part in reversed(parts):

@@ -46,7 +46,7 @@ def test_non_finite_numbers_are_refused(value: str) -> None:
 
 def test_assignments_read_their_value_as_yaml() -> None:
     assert parse_assignment("a.b=[1, x]") == {"a": {"b": [1, "x"]}}
-    for bad in ("a", "=1", "a..b=1", ".=1", "a=[1"):
+    for bad in ("a", "=1", "a..b=1", ".=1", "a=[1", "a=2024-13-45"):
         with pytest.raises(ConfigError, match="--set"):
             parse_assignment(bad)
 
@@ -58,6 +58,7 @@ def test_assignments_read_their_value_as_yaml() -> None:
         ("a: &x 1\nb: *x\n", "aliases are not accepted"),
         ("- 1\n", "must hold a mapping"),
         ("a: [1\n", "not valid YAML"),
+        ("a: 2024-13-45\n", "not valid YAML"),
         ("a: !!python/object:os.system x\n", "not valid YAML"),
     ],
 )
