@@ -161,12 +161,14 @@ class RunConfig(StrictConfig):
         """Refuse what could never train."""
         streams = self.actors.count * self.actors.envs
         rows = self.learner.length + self.learner.context
-        share = self.replay.capacity // max(streams, 1)
+        # Actors have home shards, so that of several a shard may have more streams than another.
+        fullest = math.ceil(self.actors.count / self.replay.shards) * self.actors.envs
+        share = self.shard_capacity // fullest
         if rows > share:
             raise ValueError(
                 f"learner.length + context ({rows}) must be <= replay.capacity / streams "
-                f"({self.replay.capacity} / "
-                f"{streams} = {share}); lower learner.length or raise replay.capacity"
+                f"in the fullest shard ({self.shard_capacity} / {fullest} = {share}); lower learner.length, "
+                "raise replay.capacity or use at most as many replay.shards as actors"
             )
         least = rows * streams
         if self.replay.prefill > self.replay.capacity:

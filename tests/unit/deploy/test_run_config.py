@@ -43,3 +43,12 @@ def test_run_names_cannot_leave_their_root(name: str) -> None:
 def test_runs_that_could_never_train_are_refused(assignment: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         compose("cartpole", [assignment])
+
+
+def test_capacity_counts_per_shard_because_an_actor_fills_only_its_own() -> None:
+    small = ["actors.envs=8", "replay.capacity=1056"]  # 33 rows x 16 streams x 2
+    assert compose("cartpole", [*small, "actors.count=2"])[0].shard_capacity == 528
+    with pytest.raises(ConfigError, match="fullest shard"):
+        compose("cartpole", [*small, "actors.count=4", "replay.shards=3"])  # 16 streams on shard 0
+    with pytest.raises(ConfigError, match="fullest shard"):
+        compose("cartpole", ["actors.envs=8", "replay.capacity=264", "actors.count=1"])  # shard 1 stays empty
