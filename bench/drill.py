@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from deploy.run_dir import RunDirectory
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.05
+PATIENCE_SECONDS = 300.0
+"""Only a hang lasts longer, even on a machine where importing torch takes a minute."""
 
-TOY = {
+TOY: dict[str, Any] = {
     "env": {"name": "toy:counter", "options": {"image_side": 8}},
     "env_steps": 1_000_000,
     "actors": {"count": 2, "envs": 2, "chunk_rows": 8, "chunk_seconds": 0.2},
@@ -36,10 +39,68 @@ TOY = {
 """A recipe whose every row is known beforehand: image and vector from `actors.envs.toy`."""
 
 
+SHORT = TOY | {
+    "env_steps": 400,
+    "actors": TOY["actors"] | {"count": 1},
+    "replay": TOY["replay"] | {"shards": 1},
+    "learner": TOY["learner"] | {"checkpoint_seconds": 0.3, "keep_checkpoints": 3},
+}
+"""The same, over seconds after its processes have started."""
+SCREEN_LINES = 24
+
+
 def environment() -> dict[str, str]:
     """Environment of child processes: they find the checkout from any folder and use one thread."""
     path = os.pathsep.join(p for p in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if p)
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a person sees of a command that has ended. Made by `dreamfleet`."""
+
+    code: int
+    out: str
+    err: str
+
+    def check_refused(self, code: int, *says: str) -> None:
+        """Check that it ended with `code` and one screen that says what is wrong and what to do."""
+        assert self.code == code, f"{self.code}\n{self.out}\n{self.err}"
+        lines = self.err.splitlines()
+        assert "Traceback" not in self.err, self.err
+        assert 1 <= len(lines) <= SCREEN_LINES, self.err
+        message = "\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith("error: ")) :])
+        for word in says:
+            assert word in message, (word, message)
+
+
+def dreamfleet(cwd: Path, *arguments: str | Path, seconds: float = PATIENCE_SECONDS) -> Outcome:
+    """Run a command to its end. Raises: AssertionError when it takes too long or leaves a process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deploy", *map(str, arguments)], cwd=cwd, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"{arguments} still ran after {seconds:.0f} s\n{out}\n{err}") from None
+    left = group_members(process.pid)
+    assert not left, left
+    return Outcome(code=process.returncode, out=out, err=err)
+
+
+def group_members(group: int) -> list[psutil.Process]:
+    """Every living process of a process group."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.Error):
+            continue
+    return found
 
 
 class Drill:
@@ -103,7 +164,7 @@ class Drill:
         record = self.record(key)
         return record.get("state") == "running" and psutil.pid_exists(int(record["pid"]))
 
-    def wait_for(self, what: str, reached: Callable[[], bool], seconds: float = 120.0) -> float:
+    def wait_for(self, what: str, reached: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> float:
         """Seconds until `reached`. Raises: AssertionError with the end of the output when it never is."""
         begin = time.monotonic()
         while not reached():
@@ -115,7 +176,9 @@ class Drill:
             time.sleep(POLL_SECONDS)
         return time.monotonic() - begin
 
-    def wait_for_progress(self, seconds: float = 120.0, *, rows: int = 50, updates: int = 5) -> float:
+    def wait_for_progress(
+        self, seconds: float = PATIENCE_SECONDS, *, rows: int = 50, updates: int = 5
+    ) -> float:
         """Seconds until that many more rows were inserted and updates done."""
         inserted, done = self.inserted, self.updates
         return self.wait_for(
@@ -134,7 +197,7 @@ class Drill:
         ]
         return "\n".join(parts)
 
-    def wait(self, seconds: float = 180.0) -> int:
+    def wait(self, seconds: float = PATIENCE_SECONDS) -> int:
         """The command's exit code. Raises: AssertionError when it goes on."""
         assert self._process is not None, "start() first"
         try:
@@ -144,17 +207,7 @@ class Drill:
 
     def processes(self) -> list[psutil.Process]:
         """Every living process of the command's group: supervisor, roles and what they started."""
-        if self._process is None:
-            return []
-        found = []
-        for process in psutil.process_iter():
-            try:
-                mine = os.getpgid(process.pid) == self._process.pid
-                if mine and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (ProcessLookupError, psutil.Error):
-                continue
-        return found
+        return [] if self._process is None else group_members(self._process.pid)
 
     # ---- breaking -----------------------------------------------------------------------------------
 

@@ -78,9 +78,12 @@ def run(spec: RoleSpec, stop: threading.Event, reporter: Reporter) -> int:
         reporter.payload |= role.stop()
         reporter.write("stopped")
     except Exception as error:
-        log.exception("role failed")
-        code = error.exit_code if isinstance(error, DreamfleetError) else 1
-        text = str(error) if isinstance(error, DreamfleetError) else traceback.format_exc(limit=-6)
+        if isinstance(error, DreamfleetError):  # says itself what to do; its log may be shown to a person
+            code, text = error.exit_code, str(error)
+            log.error("role failed", extra={"kind": type(error).__name__, "why": text})
+        else:
+            code, text = 1, traceback.format_exc(limit=-6)
+            log.exception("role failed")
         with contextlib.suppress(PreflightError):  # a full disk: the exit code and the log tell as well
             reporter.write("failed", error=text, kind=type(error).__name__, exit_code=code)
         return code

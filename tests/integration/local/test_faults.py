@@ -18,7 +18,7 @@ from bench.drill import Drill, environment
 from deploy.audit import Audit, audit_run
 from deploy.run_dir import json_lines
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STRANGER = Path(__file__).with_name("foreign_reader.py")
 
 

@@ -11,7 +11,7 @@ from deploy.evaluate import evaluate_run
 from deploy.run_dir import json_lines
 from learner.checkpoint import CheckpointStore
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 1600
 
 
