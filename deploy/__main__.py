@@ -103,7 +103,8 @@ def evaluate(run: Path, episodes: int, seed: int | None, sample: bool, as_json: 
     report = evaluate_run(run, episodes, seed=seed, mode="train" if sample else "eval")
     _say(
         asdict(report), as_json,
-        f"evaluation return {report.mean:.1f} over {len(report.returns)} episodes (random "
+        f"evaluation return {report.mean:.1f} over {len(report.returns)} "
+        f"{'' if report.complete else '(time limit) '}episodes (random "
         f"{report.random_mean:.1f}), "
         f"std {report.std:.1f}, {report.env_steps} environment steps, {report.updates} updates",
     )  # fmt: skip

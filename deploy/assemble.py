@@ -63,12 +63,11 @@ def params_server(config: RunConfig, port: int, metrics: Metrics) -> ParameterSe
 
 
 def replay_shard(
-    config: RunConfig, env_spec: EnvSpec, run_dir: str, index: int, port: int, metrics: Metrics
-) -> tuple[ReplayShard, ShardServer]:
-    from replay.service import serve_shard
+    config: RunConfig, env_spec: EnvSpec, run_dir: str, index: int, metrics: Metrics
+) -> ReplayShard:
     from replay.shard import ReplayShard
 
-    shard = ReplayShard(
+    return ReplayShard(
         Path(run_dir) / "replay",
         index,
         table_spec(config, env_spec),
@@ -77,7 +76,12 @@ def replay_shard(
         initial_grant=-(-(config.prefill + config.chunk_total) // config.replay.shards),
         metrics=metrics,
     )
-    return shard, serve_shard(shard, f"{config.services.host}:{port}", security=security(config))
+
+
+def shard_server(config: RunConfig, shard: ReplayShard, port: int) -> ShardServer:
+    from replay.service import serve_shard
+
+    return serve_shard(shard, f"{config.services.host}:{port}", security=security(config))
 
 
 def rate_limiter(config: RunConfig) -> RateLimiter:

@@ -27,6 +27,10 @@ START_SECONDS = 120.0
 FATAL_EXIT_CODES = frozenset({2, 3, 4, 5})
 """Configuration, preflight, divergence and integrity do not heal by restarting."""
 RESTART_WINDOW_SECONDS = 600.0
+LONGEST_BACKOFF_SECONDS = 5.0
+"""Short against the window, or a role that breaks every time would never use up its budget."""
+STOP_SECONDS = {"actor": 45.0, "learner": 300.0, "shard": 60.0, "params": 20.0}
+"""An actor sends its last rows, a learner ends its update, publishes and saves; then they are killed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -213,7 +217,7 @@ class Driver:
             recent.popleft()
         if len(recent) >= self.config.max_restarts:
             self._fail(key, status)
-        delay = min(30.0, 0.2 * 2 ** len(recent))
+        delay = min(LONGEST_BACKOFF_SECONDS, 0.2 * 2 ** len(recent))
         recent.append(now)
         self._restart_total += 1
         self._restarts_new[key.rsplit("-", 1)[0]] += 1
@@ -318,19 +322,24 @@ class Driver:
         if limit is not None and self.progress.seconds > limit:
             return True
         owed = float(learner.payload.get("owed_rows", float("inf")))
-        return learner.state == "running" and owed < self.config.batch_rows
+        # What it owes counts only once it has seen the last rows.
+        seen = int(learner.payload.get("inserted", 0)) >= self.progress.env_steps
+        return learner.state == "running" and seen and owed < self.config.batch_rows
 
     def _drain(self) -> None:
         """Stop the actors; their last chunks are acknowledged before they end."""
         self._draining = True
-        self._stop_all("actor", timeout=20.0)
+        self._stop_all("actor")
+        self._count(self.fleet.statuses())
         self.run_dir.event("collection ended", env_steps=self.progress.env_steps)
 
-    def _stop_all(self, role: str, timeout: float) -> None:
+    def _stop_all(self, role: str) -> None:
         """Stop all processes of a role side by side."""
         keys = [key for key in self._specs if key.startswith(f"{role}-")]
         with ThreadPoolExecutor(max_workers=min(32, max(1, len(keys)))) as pool:
-            for key, status in zip(keys, pool.map(lambda k: self.fleet.stop(k, timeout), keys), strict=True):
+            for key, status in zip(
+                keys, pool.map(lambda k: self.fleet.stop(k, STOP_SECONDS[role]), keys), strict=True
+            ):
                 reason = {"reason": status.error} if status.state == "failed" else {}
                 self._note_end("role lost" if reason else "role stopped", key, status, **reason)
 
@@ -339,6 +348,6 @@ class Driver:
         if not self._draining:
             self._drain()
         for role in ("learner", "shard", "params"):
-            self._stop_all(role, timeout=60.0)
+            self._stop_all(role)
         self._count(self.fleet.statuses())
         self.run_dir.event("run stopped", env_steps=self.progress.env_steps, updates=self.progress.updates)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from deploy import assemble
 from deploy.run_config import RunConfig
-from deploy.run_dir import RunDirectory, read_json
-from system.errors import ConfigError
+from deploy.run_dir import RunDirectory
+from system.errors import ConfigError, DeadlineError, IntegrityError
 from system.interfaces import Mode, Policy
 from system.seeds import child_seed
 from system.specs import EnvSpec
@@ -33,6 +34,7 @@ class Evaluation:
     random_std: float
     env_steps: int  # rows inserted when the evaluated weights were saved
     updates: int
+    complete: bool = True  # False: time ran out, and what had ended by then leans towards short episodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,14 @@ class Summary:
 def open_run(path: Path) -> tuple[RunConfig, EnvSpec]:
     """Config and environment spec of a run directory. Raises: ConfigError when it is none."""
     run_dir = RunDirectory(path)
-    return RunConfig.model_validate(run_dir.config()), EnvSpec.from_json(read_json(run_dir.env_file))
+    try:
+        config = RunConfig.model_validate(run_dir.config())
+    except ValidationError as error:
+        raise IntegrityError(
+            f"{run_dir.config_file} is not what train wrote ({error.errors()[0]['msg']}); "
+            "restore it from a copy"
+        ) from error
+    return config, run_dir.env_spec()
 
 
 def load_agent(path: Path) -> tuple[RunConfig, EnvSpec, Any, Mapping[str, Any]]:
@@ -107,6 +116,11 @@ def evaluate_run(path: Path, episodes: int, *, seed: int | None = None, mode: Mo
             env.close()
 
     report, chance = play(policy), play(RandomPolicy(env_spec.action, seed, {}))
+    if not len(report.returns) or not len(chance.returns):
+        raise DeadlineError(
+            f"no episode of {config.env.name} ended within evaluation.max_seconds "
+            f"({config.evaluation.max_seconds:g}); raise it, or set env.options.time_limit"
+        )
     return Evaluation(
         returns=[float(r) for r in report.returns],
         lengths=[int(n) for n in report.lengths],
@@ -116,4 +130,5 @@ def evaluate_run(path: Path, episodes: int, *, seed: int | None = None, mode: Mo
         random_std=float(np.std(chance.returns)),
         env_steps=int(state["reader"]["limiter"]["inserted"]),
         updates=int(state["progress"]["updates"]),
+        complete=report.complete,
     )

@@ -21,9 +21,9 @@ import psutil
 from deploy.fleet import RoleStatus
 from deploy.roles import RoleSpec
 from deploy.run_dir import written
-from system.errors import InfrastructureError
 
 log = logging.getLogger(__name__)
+LINGER_SECONDS = 5.0
 LOG_TAIL_BYTES = 4000
 LEFTOVER_SECONDS = 10.0
 """Roles whose driver was killed may take this long to write their checkpoint; their peers are gone too."""
@@ -73,12 +73,9 @@ class LocalFleet:
         self._launched: dict[str, float] = {}
 
     def launch(self, spec: RoleSpec) -> None:
-        """Start one role. Raises: InfrastructureError when its previous life still runs."""
-        old = self._children.get(spec.key)
-        if old is not None and old.poll() is None:
-            raise InfrastructureError(
-                f"{spec.key} (pid {old.pid}) still runs; stop it before launching it again"
-            )
+        """Start one role; what is left of its previous life ends first."""
+        if spec.key in self._children:
+            self.stop(spec.key, LINGER_SECONDS)
         (self._run_dir / "status" / f"{spec.key}.json").unlink(missing_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads(spec)), "PYTHONUNBUFFERED": "1"}
         root = str(Path(__file__).resolve().parent.parent)

@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from deploy import assemble
 from deploy.run_config import RunConfig
+from system.errors import PreflightError
 from system.metrics import Metrics
 from system.specs import EnvSpec
 
+Server = TypeVar("Server")
+PORT_SECONDS = 10.0
 EPISODES_REPORTED = 256
 """Newest episodes in each report; the driver reads more often than these turn over."""
 ROLE_NAMES = ("params", "shard", "learner", "actor")
@@ -64,6 +67,21 @@ class Role(Protocol):
     def stop(self) -> dict[str, Any]: ...
 
 
+def _bind(serve: Callable[[], Server], spec: RoleSpec) -> Server:
+    """Serve; a restarted service waits a while for the port of its former life, which its peers know.
+
+    Raises: PreflightError when the port stays taken.
+    """
+    deadline = time.monotonic() + (PORT_SECONDS if spec.port else 0.0)
+    while True:
+        try:
+            return serve()
+        except PreflightError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
+
+
 class ParamsRole:
     """Holds the newest policy versions and streams them to actors."""
 
@@ -73,7 +91,7 @@ class ParamsRole:
 
     def start(self) -> dict[str, Any]:
         port = self._spec.port or self._config.services.params_port
-        self._server = assemble.params_server(self._config, port, self.metrics)
+        self._server = _bind(lambda: assemble.params_server(self._config, port, self.metrics), self._spec)
         return {"address": f"{self._config.services.host}:{self._server.port}"}
 
     def work(self, seconds: float) -> dict[str, Any]:
@@ -94,9 +112,9 @@ class ShardRole:
 
     def start(self) -> dict[str, Any]:
         env_spec = EnvSpec.from_json(self._spec.env_spec)
-        self._shard, self._server = assemble.replay_shard(
-            self._config, env_spec, self._spec.run_dir, self._spec.index, self._spec.port, self.metrics
-        )
+        spec, config = self._spec, self._config
+        self._shard = assemble.replay_shard(config, env_spec, spec.run_dir, spec.index, self.metrics)
+        self._server = _bind(lambda: assemble.shard_server(config, self._shard, spec.port), spec)
         return {"address": f"{self._config.services.host}:{self._server.port}", **self._status()}
 
     def _status(self) -> dict[str, Any]:

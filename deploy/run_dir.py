@@ -10,12 +10,14 @@ import fcntl
 import json
 import os
 import time
+import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from system.errors import ConfigError, IntegrityError, PreflightError
+from system.specs import EnvSpec
 
 
 @contextmanager
@@ -161,4 +163,25 @@ class RunDirectory:
             raise ConfigError(
                 f"{self.path} is not a run directory (no run.json); give the path printed by train"
             )
-        return read_json(self.config_file)
+        values = read_json(self.config_file)
+        if not isinstance(values, dict):
+            raise _foreign(self.config_file, f"it holds a {type(values).__name__}, no settings")
+        return typing.cast("dict[str, Any]", values)
+
+    def env_spec(self) -> EnvSpec:
+        """What the run's environment shows and takes. Raises: IntegrityError when the file is not that."""
+        try:
+            return EnvSpec.from_json(read_json(self.env_file))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _foreign(self.env_file, repr(error)) from error
+
+    @property
+    def holds_work(self) -> bool:
+        """True once there is a checkpoint or a replay table; before, starting anew loses nothing."""
+        return any(self.checkpoints.glob("[0-9]*")) or (self.replay / "table.json").exists()
+
+
+def _foreign(path: Path, why: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path} is not what train wrote ({why}); restore it or start anew with --set name=NEW"
+    )

@@ -20,7 +20,7 @@ from deploy.plan import check_settings
 from deploy.probe import probe_env
 from deploy.progress import MetricFiles
 from deploy.run_config import RunConfig
-from deploy.run_dir import RunDirectory, append_text, json_lines, read_json, write_atomic
+from deploy.run_dir import RunDirectory, append_text, json_lines, write_atomic
 from system.config import Layers, dump_with_origin, flatten
 from system.errors import ConfigError, PreflightError
 from system.metrics import Metrics
@@ -116,7 +116,7 @@ class Session:
             driver.episodes = int(record.get("env/episodes", driver.episodes))
 
     def _check_resume(self) -> None:
-        if not self.run_dir.exists:
+        if not self.run_dir.exists or not self.run_dir.holds_work:
             if self._resume == "require":
                 raise ConfigError(
                     f"--resume require: there is no run at {self.run_dir.path}; check name and root"
@@ -141,7 +141,7 @@ class Session:
 
     def _env_spec(self) -> EnvSpec:
         if self.resumed and self.run_dir.env_file.is_file():
-            return EnvSpec.from_json(read_json(self.run_dir.env_file))
+            return self.run_dir.env_spec()
         return probe_env(self.config.env.name, self.config.env.options)
 
     def _check_machine(self) -> None:
