@@ -67,7 +67,8 @@ def _bench_table(name: str, rows: list[dict[str, Any]], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _between(text: str, marker: str, body: str) -> str:
+def between(text: str, marker: str, body: str) -> str:
+    """The page with `body` between the two comments of `marker`."""
     begin, end = f"<!-- {marker} begin -->", f"<!-- {marker} end -->"
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
@@ -96,8 +97,8 @@ def rewrite() -> None:
     for path in sorted(RESULTS.glob("bench-*.json")):
         data = json.loads(path.read_text())
         benches.append(_bench_table(data["name"], data["rows"], data["command"]))
-    text = _between(text, "proofs", "\n".join(proofs))
-    PERFORMANCE.write_text(_between(text, "bench", "\n".join(benches)))
+    text = between(text, "proofs", "\n".join(proofs))
+    PERFORMANCE.write_text(between(text, "bench", "\n".join(benches)))
     table = [
         "| case | seeds | median evaluation return | worst | random | env steps | median wall s |",
         "|---|---|---|---|---|---|---|",
@@ -105,7 +106,7 @@ def rewrite() -> None:
         "",
         "Two CPU cores, whole runs from start to summary on a local Ray.",
     ]
-    README.write_text(_between(README.read_text(), "results", "\n".join(table) + "\n"))
+    README.write_text(between(README.read_text(), "results", "\n".join(table) + "\n"))
 
 
 if __name__ == "__main__":
