@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", help="comma-separated, instead of the case's own")
     parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="KEY=VALUE")
     parser.add_argument("--keep-runs", type=Path, help="leave run directories here instead of deleting them")
+    parser.add_argument("--note", default="", help="conditions to print under the table, such as other load")
     parser.add_argument("--no-report", action="store_true", help="print only, write no table")
     arguments = parser.parse_args(argv)
     failed = 0
@@ -111,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             (RESULTS / f"proof-{name}.json").write_text(
                 json.dumps(
                     {"case": name, "recipe": case.recipe, "bar": case.bar, "rows": rows,
+                     "note": arguments.note,
                      "command": f"python -m bench.proof {name}{overrides}"}, indent=1,
                 ) + "\n"
             )  # fmt: skip

@@ -40,6 +40,8 @@ def _proof_table(data: dict[str, Any]) -> str:
             f"random {statistics.fmean(r['random'] for r in good):.2f}; "
             f"median wall {statistics.median(r['wall_seconds'] for r in good):.0f} s.",
         ]
+    if data.get("note"):
+        lines += ["", data["note"]]
     if good and "loss_first" in good[0]:
         lines += [
             "",
