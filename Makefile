@@ -14,7 +14,7 @@ LOG := .venv/setup.log
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 ROOMS := system replay actors learner deploy bench
 
-.PHONY: help setup demo test lint types layers proof bench chaos proto docs clean
+.PHONY: help setup demo test lint types layers proof bench chaos bare proto docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -65,8 +65,11 @@ proof: setup  ## learning proofs, up to an hour
 bench: setup  ## every benchmark; rewrites the tables in docs/performance.md
 	@$(BIN)/python -m bench all
 
-chaos: setup  ## the tests that kill processes
-	@$(BIN)/python -m pytest -q -k kill
+chaos: setup  ## kill the parts of a run; rewrites the table in docs/reliability.md
+	@$(BIN)/python -m bench chaos
+
+bare: setup  ## train and bench in a second environment that has neither ray nor envpool
+	@$(BIN)/python -m bench.bare
 
 proto: setup  ## regenerate the gRPC code from every .proto file
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \

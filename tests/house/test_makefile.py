@@ -16,6 +16,7 @@ TARGETS = {
     "proof",
     "bench",
     "chaos",
+    "bare",
     "proto",
     "docs",
     "clean",
