@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from actors.conformance import Finding, check_env
-
 from system.config import parse_assignment
 
 
