@@ -27,8 +27,8 @@ Recipe = Callable[..., Path]
         ("replay.tolerance=1", ["tolerance_rows (1)", "2 * tolerance_rows - 1", "5 or more"]),
         ("replay.train_ratio=-1", ["replay.train_ratio", "-1", "greater than 0"]),
         ("replay.prefill=200000", ["replay.prefill (200000)", "replay.capacity (100000)", "lower"]),
-        ("learner.length=30000", ["30001", "replay.capacity / streams", "lower learner.length"]),
-        ("replay.segment_rows=100", ["segment_rows (100)", "multiple of 64", "25000"]),
+        ("learner.length=60000", ["60001", "replay.capacity / streams", "lower learner.length"]),
+        ("replay.segment_rows=100", ["segment_rows (100)", "multiple of 64", "50000"]),
         ("learner.family=dremer", ["'dremer'", "'dreamer'"]),
         ("learner.settings.sise=nano", ["dreamer.sise", "'size'"]),
         ("name=../elsewhere", ["../elsewhere", "letters, digits"]),
@@ -38,7 +38,7 @@ Recipe = Callable[..., Path]
 def test_settings_that_cannot_work_are_refused(
     dreamfleet: Command, recipe: Recipe, tmp_path: Path, assignment: str, says: list[str]
 ) -> None:
-    outcome = dreamfleet("train", recipe(), "--backend", "local", "--set", assignment)
+    outcome = dreamfleet("train", recipe(env_steps=10**6), "--backend", "local", "--set", assignment)
     outcome.check_refused(2, *says)
     assert not (tmp_path / "runs").exists()
 
@@ -50,10 +50,10 @@ def test_batch_longer_than_a_shard_keeps_is_refused(
     sizes = ["--set", "replay.capacity=4096", "--set", "replay.segment_rows=1024"]
     outcome = dreamfleet(
         "train", recipe(env_steps=20_000), "--backend", "local", *sizes,
-        "--set", "learner.length=1500", "--set", "actors.count=1", "--set", "actors.envs=1",
+        "--set", "learner.length=3500", "--set", "actors.count=1", "--set", "actors.envs=1",
     )  # fmt: skip
-    rule = "capacity_rows - segment_rows of each shard (2048 - 1024 = 1024)"
-    outcome.check_refused(2, "1501", rule, "raise the replay capacity")
+    rule = "capacity_rows - segment_rows of each shard (4096 - 1024 = 3072)"
+    outcome.check_refused(2, "3501", rule, "raise the replay capacity")
     assert not (tmp_path / "runs").exists()
 
 

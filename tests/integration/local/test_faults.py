@@ -118,8 +118,9 @@ def test_killed_learner_resumes_from_its_checkpoint_in_a_new_epoch(run: Drill) -
 
 
 def newest_step(run: Drill) -> int:
-    steps = [int(p.name.split("-")[1]) for p in run.run_dir.checkpoints.iterdir() if p.name[0] != "."]
-    return max(steps, default=0)
+    """Updates in the newest checkpoint, which need not have the most: a learner may have gone back."""
+    names = [p.name.split("-") for p in run.run_dir.checkpoints.iterdir() if p.name[0] != "."]
+    return max(((int(serial), int(step)) for serial, step in names), default=(0, 0))[1]
 
 
 def test_learner_and_parameter_server_killed_together_come_back(run: Drill) -> None:
