@@ -12,7 +12,8 @@ class EventFormatter(logging.Formatter):
     """Appends what was passed as `extra`, in order, one line per record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        values = [(key, value) for key, value in vars(record).items() if key not in _OWN]
+        # Names with an underscore are other libraries' marks: Ray stamps every record once it is imported.
+        values = [(k, v) for k, v in vars(record).items() if k not in _OWN and not k.startswith("_")]
         return super().formatMessage(record) + "".join(f" {key}={_shown(value)}" for key, value in values)
 
 

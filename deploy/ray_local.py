@@ -23,6 +23,7 @@ from system.errors import InfrastructureError
 log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 << 20
 """No experience crosses Ray's object store; this is near its least size."""
+START_ATTEMPTS = 3
 LONGEST_TEMPORARY = 24
 """Ray puts sockets 80 characters deeper, and a socket's path must stay below 107."""
 
@@ -69,6 +70,25 @@ class LocalRay:
         """`cpus`: what tasks and trials may book, and workers started ahead; our roles book none."""
         if os.environ.get("RAY_AUTH_MODE") != "token":
             log.warning("local Ray has no token, so any peer on the network may use it; RAY_AUTH_MODE=token")
+        for left in reversed(range(START_ATTEMPTS)):
+            try:
+                self._start(cpus)
+                break
+            except InfrastructureError as error:
+                if not left:
+                    raise
+                # Ray gives its own processes some seconds to start; a busy machine may need more.
+                log.warning("local Ray did not start, trying again", extra={"cause": str(error)})
+        reaper = Path(__file__).with_name("ray_reaper.py")
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-P", str(reaper), str(os.getpid()), self._directory],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def _start(self, cpus: int) -> None:
+        """One attempt, in a directory of its own. Raises: InfrastructureError, with nothing left behind."""
+        import ray
+
         base = tempfile.gettempdir()
         self._directory = tempfile.mkdtemp(
             prefix="dreamfleet-", dir=base if len(base) <= LONGEST_TEMPORARY else "/tmp"
@@ -83,13 +103,9 @@ class LocalRay:
                 _node_ip_address="127.0.0.1",
             )
         except InfrastructureError:
+            ray.shutdown()
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
-        reaper = Path(__file__).with_name("ray_reaper.py")
-        self._reaper = subprocess.Popen(
-            [sys.executable, "-P", str(reaper), str(os.getpid()), self._directory],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
 
     def close(self) -> None:
         import ray
