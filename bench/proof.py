@@ -44,7 +44,8 @@ CASES: dict[str, Case] = {
     "minigrid": Case(recipe="minigrid", seeds=(0, 1, 2), bar=">= 0.9", least_return=0.9),
     "pendulum": Case(recipe="pendulum", seeds=(0, 1, 2), bar=">= 50, ten times random", least_return=50.0),
     "pong_pixels": Case(
-        recipe="pong_pixels", seeds=(0,), bar="falling reconstruction loss, video", falling_loss="loss/obs/image",
+        recipe="pong_pixels", seeds=(0,), bar="falling reconstruction loss, video",
+        falling_loss="loss/obs/image",
         keep=("openloop-image.mp4",),
     ),
 }  # fmt: skip
