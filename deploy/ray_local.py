@@ -6,6 +6,7 @@ Importing this module does not import Ray: `prepare_ray` has to come first. Neig
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -17,6 +18,8 @@ import tempfile
 import threading
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from system.errors import InfrastructureError
 
@@ -54,13 +57,24 @@ def join_ray(address: str, **arguments: Any) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **arguments)
-    except (ConnectionError, RuntimeError, OSError) as error:
+    except Exception as error:  # Ray raises a bare Exception when one of its processes starts too slowly
         raise InfrastructureError(
             f"Ray at {address!r} did not start or answer ({error}); check RAY_ADDRESS and the memory of this "
             "machine, or use --backend local"
         ) from error
     if threading.current_thread() is threading.main_thread() and before is not None:
         signal.signal(signal.SIGTERM, before)
+
+
+def _kill_started_in(directory: str) -> None:
+    """End what a failed start of Ray left running: our children that were told this directory."""
+    left: list[psutil.Process] = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(directory in word for word in child.cmdline()):
+                child.kill()
+                left.append(child)
+    psutil.wait_procs(left, timeout=5.0)
 
 
 class LocalRay:
@@ -104,6 +118,7 @@ class LocalRay:
             )
         except InfrastructureError:
             ray.shutdown()
+            _kill_started_in(self._directory)
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
 
