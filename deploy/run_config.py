@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from deploy.replay_config import ReplayConfig
 from system.config import Layers, StrictConfig, build, parse_assignment, read_yaml
 from system.errors import ConfigError
 from system.specs import NAME
@@ -47,23 +48,6 @@ class ActorsConfig(StrictConfig):
     """Least time between two looks for newer weights."""
     cpus: float = Field(0.5, ge=0)
     """CPUs reserved for each actor in Ray's bookkeeping."""
-
-
-class ReplayConfig(StrictConfig):
-    """Where experience rests, and how hard it is trained on."""
-
-    shards: int = Field(2, ge=1, le=1024)
-    """Shard processes, each owning one directory."""
-    capacity: int = Field(1_000_000, ge=128)
-    """Rows kept over all shards; the oldest whole segments go first."""
-    segment_rows: int | None = Field(None, ge=64)
-    """Rows of a whole segment, a multiple of 64; none: chosen from the size of a row."""
-    train_ratio: float = Field(32.0, gt=0)
-    """Trained rows per inserted row, counted after prefill."""
-    prefill: int = Field(1024, ge=0)
-    """Rows inserted before training starts."""
-    tolerance: int | None = Field(None, ge=1)
-    """Rows that inserts may run ahead of training or behind; none: two rounds of appends or four updates."""
 
 
 class LearnerConfig(StrictConfig):

@@ -1,0 +1,46 @@
+"""The replay section: defaults change nothing, contradictions are refused with what to do."""
+
+import pytest
+
+from deploy.replay_config import ReplayConfig
+from deploy.run_config import compose
+from system.errors import ConfigError
+
+
+def test_by_default_every_row_is_kept_raw_and_drawn_uniformly() -> None:
+    replay = ReplayConfig()
+    assert replay.sampling.shares == {"uniform": 1.0}
+    assert (replay.resume, replay.durability, replay.compress, replay.far) == ("keep", "process", "off", None)
+    assert (replay.capacity_bytes, replay.max_age_seconds, replay.sources) == (None, None, {})
+
+
+def test_shares_and_sources_come_from_the_command_line() -> None:
+    settings = [
+        "replay.sampling={uniform: 0.5, online: 0.25, prioritized: 0.25}",
+        "replay.priority.signal=model",
+        "replay.sources.expert.path=/data/expert",
+        "replay.sources.expert.weight=0.5",
+    ]
+    replay = compose("cartpole", settings)[0].replay
+    assert replay.sampling.shares == {"uniform": 0.5, "online": 0.25, "prioritized": 0.25}
+    assert replay.sources["expert"].weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("assignments", "says"),
+    [
+        (["replay.sampling.uniform=0"], "replay.sampling"),
+        (["replay.sampling.prioritised=1"], "did you mean replay.sampling.prioritized"),
+        (["replay.sampling.prioritized=1"], "replay.priority.signal"),
+        (["replay.priority.signal=value"], "replay.sampling.prioritized"),
+        (["replay.own_weight=0"], "replay.sources"),
+        (["replay.sources={'../x': {path: a}}"], "must match"),
+        (["replay.sources.x.weight=0", "replay.sources.x.path=a"], "greater than 0"),
+        (["replay.resume=yes"], "keep"),
+        (["replay.compress=auto", "replay.far='s3://b/p'", "replay.far_after=1"], "replay.far_after"),
+        (["replay.capacity_bytes=10"], "greater than or equal to"),
+    ],
+)
+def test_contradictions_are_refused(assignments: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        compose("cartpole", assignments)
