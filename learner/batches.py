@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -180,4 +181,4 @@ class _Ring:
         self._next = (self._next + 1) % self._size
         for name, values in columns.items():
             np.copyto(buffer[name], values, casting="no")
-        return Sequence(columns=dict(buffer), ids=sequence.ids, context=sequence.context)
+        return replace(sequence, columns=dict(buffer))

@@ -80,24 +80,33 @@ class SequenceIds:
     shard: NDArray[np.int32]  # [B]
     stream: NDArray[np.int32]  # [B], slot of the stream inside its shard
     start: NDArray[np.int64]  # [B], position of row 0 in the stream
+    source: NDArray[np.int8] | None = None  # [B], which named source; None when there is only one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
     """Made by ReplayReader.sample, taken by Agent.learn. Row 0..context-1 is replay context.
 
-    `columns` holds every table and overlay column, each [B, T, ...]. The arrays belong to the reader
-    and stay valid until the reader's ring comes round again: copy before keeping them.
+    `columns` holds every table and overlay column, each [B, T, ...]. Its arrays belong to the reader
+    and stay valid until the reader's ring comes round again: copy before keeping them. All other
+    arrays are made for this batch.
     """
 
     columns: Columns
     ids: SequenceIds
     context: int = 0
+    weights: NDArray[np.float32] | None = None  # [B], importance weights, the largest is 1; None: all alike
+    goal: Columns | None = None  # each [B, ...], a row at or after the last one, of the same episode
 
     @property
     def shape(self) -> tuple[int, int]:
         batch, time = self.columns["reward"].shape
         return int(batch), int(time)
+
+    @property
+    def source(self) -> NDArray[np.int8] | None:
+        """Which named source each sequence is from [B]; None when there is only one."""
+        return self.ids.source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +119,7 @@ class WriteBack:
     ids: SequenceIds
     offset: int
     columns: Columns
+    priority: NDArray[np.float32] | None = None  # [B, L], finite and >= 0: how much a row is worth replaying
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
