@@ -32,7 +32,12 @@ ROW_COLUMNS: dict[str, str] = {
 }
 """Scalar columns of every row beside obs and action; see `system.experience`."""
 
-RESERVED = frozenset(ROW_COLUMNS) | {"action", "committed"}
+ACTION_MASK = "action_mask"
+"""Optional bool row column: False where nobody knows the action taken (and so the reward), which both
+stand as zeros, as in video. Stored only by tables that hold rows of both kinds. A reader that asks for
+it finds True in tables without it, and False in tables without an action column."""
+
+RESERVED = frozenset(ROW_COLUMNS) | {"action", "committed", ACTION_MASK}
 
 
 def check_name(what: str, name: str) -> str:
@@ -52,6 +57,8 @@ class ArraySpec:
     dtype: str  # numpy name: uint8, float32, int32, int64, bool, uint16
     kind: ObsKind = "vector"  # image: uint8 HWC; discrete: int32 with `classes` values per entry
     classes: int = 0
+    default: float = 0.0
+    """What every entry reads as in rows stored before the column existed."""
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +66,8 @@ class ArraySpec:
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype, "kind": self.kind}
-        return out | ({"classes": self.classes} if self.classes else {})
+        out |= {"classes": self.classes} if self.classes else {}
+        return out | ({"default": self.default} if self.default else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ArraySpec:
@@ -68,6 +76,7 @@ class ArraySpec:
             dtype=str(data["dtype"]),
             kind=data.get("kind", "vector"),
             classes=int(data.get("classes", 0)),
+            default=float(data.get("default", 0.0)),
         )
 
 
@@ -154,15 +163,34 @@ class TableSpec:
 
         Raises: SchemaError when a name is not allowed or collides with a row column.
         """
+        return cls.of_rows(env.obs, env.action, overlay)
+
+    @classmethod
+    def of_rows(
+        cls,
+        obs: Mapping[str, ArraySpec],
+        action: ActionSpec | None,
+        overlay: Mapping[str, ArraySpec] | None = None,
+        *,
+        action_mask: bool = False,
+    ) -> TableSpec:
+        """As `of`; tables of action-free rows have no action column, those of both kinds an `action_mask`.
+
+        Raises: SchemaError as `of`.
+        """
         overlay = dict(overlay or {})
-        for key in (*env.obs, *overlay):
+        for key in (*obs, *overlay):
             check_name("array", key)
             if key in RESERVED:
                 raise SchemaError(f"array {key!r} is a name every row already has; rename it in the adapter")
-        if clash := set(env.obs) & set(overlay):
+        if clash := set(obs) & set(overlay):
             raise SchemaError(f"policy columns {sorted(clash)} collide with obs keys; rename one side")
-        columns = dict(env.obs) | {"action": env.action.array()}
+        columns = dict(obs)
+        if action is not None:
+            columns["action"] = action.array()
         columns |= {k: ArraySpec(shape=(), dtype=d) for k, d in ROW_COLUMNS.items()}
+        if action_mask:
+            columns[ACTION_MASK] = ArraySpec(shape=(), dtype="bool")
         return cls(columns=columns, overlay=overlay)
 
     @property
