@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.admission import Cursor, check_chunk, rows_known, stream_key
-from replay.index import StartIndex
+from replay.index import Run, StartIndex
 from replay.limiter import RateLimiter
 from replay.reader import check_batch, check_fits, why_waiting
-from replay.rows import RowViews, write_overlay
+from replay.rows import MemoryHome, write_overlay
 from replay.sampler import Sampler
 from system import experience
 from system.errors import DeadlineError
@@ -25,17 +25,14 @@ from system.specs import TableSpec
 BLOCK_ROWS = 64
 
 
-class _Block:
-    """Rows of one stream from position `start` on."""
+class _Block(MemoryHome):
+    """The rows of one run."""
 
-    def __init__(self, table: TableSpec, start: int) -> None:
-        arrays: dict[str, NDArray[Any]] = {
+    def __init__(self, table: TableSpec) -> None:
+        self.columns: dict[str, NDArray[Any]] = {
             name: np.zeros((BLOCK_ROWS, *spec.shape), spec.dtype) for name, spec in table.all.items()
         }
-        self.views = RowViews(arrays)
-        self.columns = arrays
-        self.overlay = {name: arrays[name] for name in table.overlay}
-        self.start = start
+        super().__init__(self.columns, table.overlay)
         self.used = 0
 
 
@@ -69,7 +66,7 @@ class MemoryReplay:
         )
         self._index: StartIndex[_Block] = StartIndex(self._time)
         self._blocks: deque[tuple[int, _Block]] = deque()  # (stream key, block), oldest first
-        self._tails: dict[int, _Block] = {}
+        self._tails: dict[int, Run[_Block]] = {}
         self._cursors: dict[int, Cursor] = {}
         self._incarnations: dict[int, int] = {}
         self._inserted = self._waiting = 0
@@ -163,19 +160,17 @@ class MemoryReplay:
         """Store up to `room` rows from row `start` on, as many as fit one block; return how many."""
         cursor = self._cursors.get(key)
         position = cursor.position if cursor else 0
-        runs = self._index.stream(0, key)
-        block = self._tails.get(key)
-        if block is None or block.used == BLOCK_ROWS:
-            block = self._tails[key] = _Block(self._table, position)
-            self._blocks.append((key, block))
-            runs.add(position, block, 0)
+        run = self._tails.get(key)
+        if run is None or run.home.used == BLOCK_ROWS:
+            run = self._tails[key] = self._index.add(0, key, position, _Block(self._table), 0)
+            self._blocks.append((key, run.home))
+        block = run.home
         count = min(room, BLOCK_ROWS - block.used)
         for name, array in block.columns.items():
             array[block.used : block.used + count] = chunk.columns[name][start : start + count]
         block.used += count
-        runs.hi = block.start + block.used
-        self._index.touch()
-        after = Cursor.after(chunk.columns, start + count - 1, runs.hi)
+        self._index.grow(run, position + count)
+        after = Cursor.after(chunk.columns, start + count - 1, position + count)
         self._cursors[key] = after
         self._incarnations[chunk.stream.actor] = after.incarnation
         self._inserted += count
@@ -187,7 +182,8 @@ class MemoryReplay:
     def _evict_oldest(self) -> None:
         key, block = self._blocks.popleft()
         self._index.drop(block)
-        if self._tails.get(key) is block:
+        tail = self._tails.get(key)
+        if tail is not None and tail.home is block:
             del self._tails[key]
 
     def _observe(self) -> None:

@@ -1,16 +1,20 @@
-"""Rows out of and into the memory that holds them, by position: what every reader does with an index."""
+"""Rows out of and into the homes that hold them, by position: what every reader does with an index.
+
+A *home* is where the rows of some runs lie: a mapped segment, a compressed one, another shard. The sampler
+copies rows through it and knows nothing else about them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.index import StartIndex
+from replay.index import Piece, StartIndex
 from system.errors import SchemaError
-from system.experience import WriteBack
+from system.experience import Columns, WriteBack
 from system.specs import TableSpec
 
 NARROW_NBYTES = 256
@@ -43,18 +47,54 @@ def copy_rows(target: RowViews, at: int, source: RowViews, first: int, count: in
         into[at * nbytes : (at + count) * nbytes] = narrow[first * nbytes : (first + count) * nbytes]
 
 
-class RowBlock(Protocol):
-    """Memory that holds rows: views of all columns, and the overlay columns [rows, ...] by name."""
-
-    views: RowViews
-    overlay: dict[str, NDArray[Any]]
+class RowsGone(Exception):
+    """Rows of the index are no longer there: evicted, quarantined, or their shard died. Draw others."""
 
 
-Block = TypeVar("Block", bound=RowBlock)
+class Home(Protocol):
+    """Where rows of runs lie; they count from 0 inside it. One thread copies at a time."""
+
+    def copy_rows(self, target: RowViews, at: int, first: int, count: int) -> None:
+        """Copy rows first .. first + count - 1, all columns of the table, to row `at` of `target`.
+
+        Raises: RowsGone.
+        """
+        ...
+
+    def will_need(self, first: int, count: int) -> None:
+        """These rows will be copied soon. A hint, given some batches ahead; returns at once."""
+        ...
+
+    def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:
+        """Overwrite rows of an overlay column by `values` [rows, ...]; return how many: 0 when read-only."""
+        ...
 
 
-def write_overlay(table: TableSpec, index: StartIndex[Block], back: WriteBack) -> tuple[int, int]:
-    """Overwrite overlay rows by position; return (rows written, rows dropped because they are not live).
+class MemoryHome:
+    """Rows in arrays [rows, ...] of this process, in table order; those named in `overlay` may change."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], overlay: Collection[str] = ()) -> None:
+        self.views = RowViews(arrays)
+        self.overlay = {name: arrays[name] for name in overlay}
+
+    def copy_rows(self, target: RowViews, at: int, first: int, count: int) -> None:
+        """As Home."""
+        copy_rows(target, at, self.views, first, count)
+
+    def will_need(self, first: int, count: int) -> None:
+        """Nothing: the rows are here."""
+
+    def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:
+        """As Home."""
+        self.overlay[name][first : first + len(values)] = values
+        return len(values)
+
+
+HomeT = TypeVar("HomeT", bound=Home)
+
+
+def write_overlay(table: TableSpec, index: StartIndex[HomeT], back: WriteBack) -> tuple[int, int]:
+    """Overwrite overlay rows by position; return (rows written, rows dropped: not live or read-only).
 
     Raises: SchemaError for columns that are no overlay or have another shape or dtype.
     """
@@ -65,17 +105,21 @@ def write_overlay(table: TableSpec, index: StartIndex[Block], back: WriteBack) -
         if runs is None:
             continue
         begin = int(back.ids.start[b]) + back.offset
-        first, last = max(begin, runs.lo), min(begin + count, runs.hi)
-        if first >= last:
-            continue
-        at = first - begin
-        for piece in runs.pieces(first, last - first):
-            target = slice(piece.first, piece.first + piece.rows)
-            for name, values in back.columns.items():
-                piece.home.overlay[name][target] = values[b, at : at + piece.rows]
-            at += piece.rows
-        written += last - first
+        for lo, hi in runs.overlap(begin, begin + count):
+            at = lo - begin
+            for piece in runs.pieces(lo, hi - lo):
+                source = slice(at, at + piece.rows)
+                written += _write_piece(piece, {k: v[b, source] for k, v in back.columns.items()})
+                at += piece.rows
     return written, batch * count - written
+
+
+def _write_piece(piece: Piece[HomeT], columns: Columns) -> int:
+    """Rows of one piece that were written, in all columns."""
+    try:
+        return min(piece.home.write_overlay(name, piece.first, v) for name, v in columns.items())
+    except RowsGone:
+        return 0
 
 
 def _check_write_back(table: TableSpec, back: WriteBack) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from replay.batches import BatchRing, mark_borders
 from replay.index import StartIndex
-from replay.rows import Block, copy_rows
+from replay.rows import HomeT
 from system.experience import Sequence, SequenceIds
 from system.seeds import generator
 from system.specs import ArraySpec
@@ -33,14 +33,14 @@ class Sampler:
         self._rng = generator(seed, "replay", "sample")
         self._ring = BatchRing(specs, batch, time, ring)
 
-    def draw(self, index: StartIndex[Block]) -> Sequence:
+    def draw(self, index: StartIndex[HomeT]) -> Sequence:
         """One batch [B, T]; the index must have at least one legal start."""
         drawn = index.resolve(uniform(self._rng, index.total, self._batch))
         buffer = self._ring.take()
         for row, (runs, position) in enumerate(drawn):
             at = 0
-            for block, first, count in runs.pieces(position, index.length):
-                copy_rows(buffer.sequences[row], at, block.views, first, count)
+            for home, first, count in runs.pieces(position, index.length):
+                home.copy_rows(buffer.sequences[row], at, first, count)
                 at += count
         mark_borders(buffer.columns["is_first"], buffer.columns["is_last"])
         ids = SequenceIds(

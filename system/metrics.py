@@ -65,6 +65,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("replay_rows", "Rows that can be sampled."),
     _gauge("replay_bytes", "Bytes on disk."),
     _gauge("replay_segments", "Segments on disk."),
+    _counter("replay_segments_skipped_total", "Segments a reader left out.", "reason"),
     _counter("replay_insert_wait_seconds_total", "Seconds appends waited for the limiter."),
     _histogram("replay_append_seconds", "Time from append call to acknowledgement."),
     # learner
