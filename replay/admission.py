@@ -82,6 +82,31 @@ def check_chunk(table: TableSpec, chunk: Chunk) -> None:
     _check_flags(stream, columns)
 
 
+def all_sound(
+    table: TableSpec, chunks: list[Chunk], columns: Mapping[str, NDArray[Any]], ends: list[int]
+) -> bool:
+    """Whether `check_chunk` accepts every chunk, found at once; it says what is wrong when this does not.
+
+    `columns` are the table's, each [R, ...] in its dtype and shape: chunk k, then chunk k + 1 from row
+    ends[k] on.
+    """
+    if not chunks:
+        return True
+    if not all(0 <= c.stream.actor < MAX_ACTOR and 0 <= c.stream.env < MAX_ENV for c in chunks):
+        return False
+    for name, spec in table.all.items():
+        low, high, top = _span(name, spec, columns[name])
+        if low < 0 or high > top or not _finite(columns[name]):
+            return False
+    incarnation, episode, step, is_last = (columns[k] for k in ("incarnation", "episode", "step", "is_last"))
+    if (columns["is_terminal"] > is_last).any() or (columns["is_first"] != (step == 0)).any():
+        return False
+    grows = (episode[1:] - episode[:-1] == is_last[:-1]) & (incarnation[1:] == incarnation[:-1])
+    follows = grows & (step[1:] == np.where(is_last[:-1], 0, step[:-1] + 1))
+    follows[np.asarray(ends[:-1], np.int64) - 1] = True  # the next row is another chunk's
+    return bool(follows.all())
+
+
 def _check_column(
     stream: StreamId, name: str, spec: ArraySpec, values: NDArray[np.generic], length: int
 ) -> None:
@@ -96,25 +121,32 @@ def _check_column(
             f"column {name} of {stream} has shape {list(values.shape)}, must be "
             f"{[length, *spec.shape]}; fix the sender",
         )
-    kind = values.dtype.kind
-    if kind == "f" and not np.isfinite(values).all():
+    if not _finite(values):
         raise RejectedError(
             "nonfinite", f"column {name} of {stream} holds NaN or infinity; fix the environment"
         )
-    if kind == "b":
-        low, high, top = 0, int(np.max(values.view(np.uint8))), 1  # a wire byte of 2 is no bool
-    elif spec.kind == "discrete":
-        low, high, top = int(np.min(values)), int(np.max(values)), spec.classes - 1
-    elif kind == "i" and (name == "action" or not spec.shape):
-        low, high, top = int(np.min(values)), 0, 0
-    else:
-        return
+    low, high, top = _span(name, spec, values)
     if low < 0 or high > top:
         raise RejectedError(
             "range",
             f"column {name} of {stream} spans {low}..{high}, must stay within 0..{top if top else ''}; "
             "fix the sender",
         )
+
+
+def _finite(values: NDArray[Any]) -> bool:
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def _span(name: str, spec: ArraySpec, values: NDArray[Any]) -> tuple[int, int, int]:
+    """(lowest, highest, highest allowed) value, as far as values are limited; none may be below 0."""
+    if values.dtype.kind == "b":
+        return 0, int(np.max(values.view(np.uint8))), 1  # a wire byte of 2 is no bool
+    if spec.kind == "discrete":
+        return int(np.min(values)), int(np.max(values)), spec.classes - 1
+    if values.dtype.kind == "i" and (name == "action" or not spec.shape):
+        return int(np.min(values)), 0, 0
+    return 0, 0, 0
 
 
 def _check_flags(stream: StreamId, columns: Mapping[str, NDArray[Any]]) -> None:

@@ -14,7 +14,7 @@ import grpc
 
 from replay.experience_pb2 import AppendReply, GrantRequest, StatsRequest
 from replay.experience_pb2_grpc import ReplayServiceStub
-from replay.messages import check_columns, to_messages
+from replay.messages import ChunkCodec
 from replay.shard import ShardStats
 from system.errors import DeadlineError, DreamfleetError
 from system.experience import Ack, Chunk
@@ -26,6 +26,7 @@ LONGEST_PAUSE_SECONDS = 0.5
 GRACE_SECONDS = 0.2
 """How much later than its rows' patience a call ends: the shard then says why it held them."""
 CONTROL_SECONDS = 1.0
+APPEND = "/dreamfleet.replay.v1.ReplayService/Append"
 
 
 class GrpcReplayWriter:
@@ -35,10 +36,12 @@ class GrpcReplayWriter:
         self, address: str, table: TableSpec, *, role: str = "actor", security: Security = OPEN
     ) -> None:
         self._peer = f"replay shard {address}"
-        self._table = table
+        self._codec = ChunkCodec(table)
         self._channel = open_channel(address, security)
         self._metadata = call_metadata(role, security)
-        self._stub = ReplayServiceStub(self._channel)
+        # Messages are encoded already. A stream of one message may be sent as a plain call, which costs half.
+        self._send_one = self._channel.unary_unary(APPEND, None, AppendReply.FromString)
+        self._send_many = self._channel.stream_unary(APPEND, None, AppendReply.FromString)
         self._closed = threading.Event()
 
     def append(self, chunks: list[Chunk], timeout: float) -> Ack:
@@ -47,17 +50,20 @@ class GrpcReplayWriter:
         Raises: SchemaError, RejectedError; DeadlineError after which the same rows may be sent again.
         """
         for chunk in chunks:
-            check_columns(self._table, chunk)
+            self._codec.check_columns(chunk)
+        if not chunks:
+            return Ack(committed=0, duplicates=0)
+        one_message = self._codec.fits_one(chunks)
         deadline = time.monotonic() + timeout
         pause = FIRST_PAUSE_SECONDS
         while True:
             left = max(deadline - time.monotonic(), 0.0)
             try:
-                reply: AppendReply = self._stub.Append(
-                    to_messages(self._table, chunks),
-                    timeout=left + GRACE_SECONDS,
-                    metadata=self._metadata,
-                )
+                messages, wait = self._codec.encode(chunks), left + GRACE_SECONDS
+                if one_message:
+                    reply = self._send_one(next(messages), timeout=wait, metadata=self._metadata)
+                else:
+                    reply = self._send_many(messages, timeout=wait, metadata=self._metadata)
             except grpc.RpcError as error:
                 if error.code() not in RETRIABLE or deadline - time.monotonic() <= pause:  # type: ignore[attr-defined]
                     raise error_of(error, self._peer) from error

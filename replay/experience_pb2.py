@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17replay/experience.proto\x12\x14\x64reamfleet.replay.v1\"O\n\rAppendRequest\x12\x0e\n\x06schema\x18\x01 \x01(\t\x12.\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x1e.dreamfleet.replay.v1.RowChunk\"c\n\x08RowChunk\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\r\x12\x0b\n\x03\x65nv\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12-\n\x07\x63olumns\x18\x04 \x03(\x0b\x32\x1c.dreamfleet.replay.v1.Column\"$\n\x06\x43olumn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"4\n\x0b\x41ppendReply\x12\x11\n\tcommitted\x18\x01 \x01(\x04\x12\x12\n\nduplicates\x18\x02 \x01(\x04\"$\n\x0cGrantRequest\x12\x14\n\x0cmax_inserted\x18\x01 \x01(\x03\"\x0c\n\nGrantReply\"\x0e\n\x0cStatsRequest\"\xeb\x02\n\nStatsReply\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08inserted\x18\x02 \x01(\x03\x12\x0c\n\x04rows\x18\x03 \x01(\x03\x12\x0e\n\x06nbytes\x18\x04 \x01(\x03\x12\x10\n\x08segments\x18\x05 \x01(\x03\x12\x0f\n\x07streams\x18\x06 \x01(\x03\x12\x12\n\nduplicates\x18\x07 \x01(\x03\x12\x10\n\x08rejected\x18\x08 \x01(\x03\x12\x0f\n\x07\x65victed\x18\t \x01(\x03\x12\x0f\n\x07waiting\x18\n \x01(\x03\x12\x0f\n\x07granted\x18\x0b \x01(\x03\x12\x14\n\x0cwait_seconds\x18\x0c \x01(\x01\x12\r\n\x05\x65poch\x18\r \x01(\x03\x12H\n\x0cincarnations\x18\x0e \x03(\x0b\x32\x32.dreamfleet.replay.v1.StatsReply.IncarnationsEntry\x1a\x33\n\x11IncarnationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x32\x81\x02\n\rReplayService\x12R\n\x06\x41ppend\x12#.dreamfleet.replay.v1.AppendRequest\x1a!.dreamfleet.replay.v1.AppendReply(\x01\x12M\n\x05Grant\x12\".dreamfleet.replay.v1.GrantRequest\x1a .dreamfleet.replay.v1.GrantReply\x12M\n\x05Stats\x12\".dreamfleet.replay.v1.StatsRequest\x1a .dreamfleet.replay.v1.StatsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17replay/experience.proto\x12\x14\x64reamfleet.replay.v1\"Z\n\rAppendRequest\x12\x0e\n\x06schema\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x03(\r\x12\x0b\n\x03\x65nv\x18\x03 \x03(\r\x12\x0c\n\x04rows\x18\x04 \x03(\r\x12\x0f\n\x07payload\x18\x05 \x01(\x0c\"4\n\x0b\x41ppendReply\x12\x11\n\tcommitted\x18\x01 \x01(\x04\x12\x12\n\nduplicates\x18\x02 \x01(\x04\"$\n\x0cGrantRequest\x12\x14\n\x0cmax_inserted\x18\x01 \x01(\x03\"\x0c\n\nGrantReply\"\x0e\n\x0cStatsRequest\"\xeb\x02\n\nStatsReply\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08inserted\x18\x02 \x01(\x03\x12\x0c\n\x04rows\x18\x03 \x01(\x03\x12\x0e\n\x06nbytes\x18\x04 \x01(\x03\x12\x10\n\x08segments\x18\x05 \x01(\x03\x12\x0f\n\x07streams\x18\x06 \x01(\x03\x12\x12\n\nduplicates\x18\x07 \x01(\x03\x12\x10\n\x08rejected\x18\x08 \x01(\x03\x12\x0f\n\x07\x65victed\x18\t \x01(\x03\x12\x0f\n\x07waiting\x18\n \x01(\x03\x12\x0f\n\x07granted\x18\x0b \x01(\x03\x12\x14\n\x0cwait_seconds\x18\x0c \x01(\x01\x12\r\n\x05\x65poch\x18\r \x01(\x03\x12H\n\x0cincarnations\x18\x0e \x03(\x0b\x32\x32.dreamfleet.replay.v1.StatsReply.IncarnationsEntry\x1a\x33\n\x11IncarnationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x32\x81\x02\n\rReplayService\x12R\n\x06\x41ppend\x12#.dreamfleet.replay.v1.AppendRequest\x1a!.dreamfleet.replay.v1.AppendReply(\x01\x12M\n\x05Grant\x12\".dreamfleet.replay.v1.GrantRequest\x1a .dreamfleet.replay.v1.GrantReply\x12M\n\x05Stats\x12\".dreamfleet.replay.v1.StatsRequest\x1a .dreamfleet.replay.v1.StatsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,23 +34,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATSREPLY_INCARNATIONSENTRY']._loaded_options = None
   _globals['_STATSREPLY_INCARNATIONSENTRY']._serialized_options = b'8\001'
   _globals['_APPENDREQUEST']._serialized_start=49
-  _globals['_APPENDREQUEST']._serialized_end=128
-  _globals['_ROWCHUNK']._serialized_start=130
-  _globals['_ROWCHUNK']._serialized_end=229
-  _globals['_COLUMN']._serialized_start=231
-  _globals['_COLUMN']._serialized_end=267
-  _globals['_APPENDREPLY']._serialized_start=269
-  _globals['_APPENDREPLY']._serialized_end=321
-  _globals['_GRANTREQUEST']._serialized_start=323
-  _globals['_GRANTREQUEST']._serialized_end=359
-  _globals['_GRANTREPLY']._serialized_start=361
-  _globals['_GRANTREPLY']._serialized_end=373
-  _globals['_STATSREQUEST']._serialized_start=375
-  _globals['_STATSREQUEST']._serialized_end=389
-  _globals['_STATSREPLY']._serialized_start=392
-  _globals['_STATSREPLY']._serialized_end=755
-  _globals['_STATSREPLY_INCARNATIONSENTRY']._serialized_start=704
-  _globals['_STATSREPLY_INCARNATIONSENTRY']._serialized_end=755
-  _globals['_REPLAYSERVICE']._serialized_start=758
-  _globals['_REPLAYSERVICE']._serialized_end=1015
+  _globals['_APPENDREQUEST']._serialized_end=139
+  _globals['_APPENDREPLY']._serialized_start=141
+  _globals['_APPENDREPLY']._serialized_end=193
+  _globals['_GRANTREQUEST']._serialized_start=195
+  _globals['_GRANTREQUEST']._serialized_end=231
+  _globals['_GRANTREPLY']._serialized_start=233
+  _globals['_GRANTREPLY']._serialized_end=245
+  _globals['_STATSREQUEST']._serialized_start=247
+  _globals['_STATSREQUEST']._serialized_end=261
+  _globals['_STATSREPLY']._serialized_start=264
+  _globals['_STATSREPLY']._serialized_end=627
+  _globals['_STATSREPLY_INCARNATIONSENTRY']._serialized_start=576
+  _globals['_STATSREPLY_INCARNATIONSENTRY']._serialized_end=627
+  _globals['_REPLAYSERVICE']._serialized_start=630
+  _globals['_REPLAYSERVICE']._serialized_end=887
 # @@protoc_insertion_point(module_scope)

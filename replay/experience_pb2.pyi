@@ -2,37 +2,23 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Optional as _Optional
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AppendRequest(_message.Message):
-    __slots__ = ("schema", "chunks")
+    __slots__ = ("schema", "actor", "env", "rows", "payload")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
-    CHUNKS_FIELD_NUMBER: _ClassVar[int]
-    schema: str
-    chunks: _containers.RepeatedCompositeFieldContainer[RowChunk]
-    def __init__(self, schema: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[RowChunk, _Mapping]]] = ...) -> None: ...
-
-class RowChunk(_message.Message):
-    __slots__ = ("actor", "env", "rows", "columns")
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     ENV_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
-    COLUMNS_FIELD_NUMBER: _ClassVar[int]
-    actor: int
-    env: int
-    rows: int
-    columns: _containers.RepeatedCompositeFieldContainer[Column]
-    def __init__(self, actor: _Optional[int] = ..., env: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[_Iterable[_Union[Column, _Mapping]]] = ...) -> None: ...
-
-class Column(_message.Message):
-    __slots__ = ("name", "data")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    data: bytes
-    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    schema: str
+    actor: _containers.RepeatedScalarFieldContainer[int]
+    env: _containers.RepeatedScalarFieldContainer[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    payload: bytes
+    def __init__(self, schema: _Optional[str] = ..., actor: _Optional[_Iterable[int]] = ..., env: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class AppendReply(_message.Message):
     __slots__ = ("committed", "duplicates")

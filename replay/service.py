@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import grpc
 
+from replay.admission import all_sound
 from replay.experience_pb2 import (
     AppendReply,
     AppendRequest,
@@ -23,7 +24,7 @@ from replay.experience_pb2 import (
     StatsRequest,
 )
 from replay.experience_pb2_grpc import ReplayServiceServicer, add_ReplayServiceServicer_to_server
-from replay.messages import from_message
+from replay.messages import ChunkCodec, rows_claimed
 from replay.shard import ReplayShard
 from system.errors import DeadlineError, PreflightError, RejectedError
 from system.wire import OPEN, Security, abort_call, bind_server, require_deadline, role_of
@@ -42,6 +43,7 @@ class ReplayServicer(ReplayServiceServicer):
 
     def __init__(self, shard: ReplayShard, append_slots: int) -> None:
         self._shard = shard
+        self._codec = ChunkCodec(shard.table)
         self._slots = threading.BoundedSemaphore(append_slots)
 
     def Append(self, request_iterator: Iterator[AppendRequest], context: grpc.ServicerContext) -> AppendReply:
@@ -86,11 +88,12 @@ class ReplayServicer(ReplayServiceServicer):
         committed = duplicates = 0
         for request in requests:
             try:
-                chunks = from_message(self._shard.table, request)
+                batch = self._codec.decode(request)
             except RejectedError as error:
-                self._shard.count_rejected(sum(chunk.rows for chunk in request.chunks), error)
+                self._shard.count_rejected(rows_claimed(request), error)
                 raise
-            ack = self._shard.append(chunks, deadline - time.monotonic())
+            sound = all_sound(self._codec.table, batch.chunks, batch.columns, batch.ends)
+            ack = self._shard.append(batch.chunks, deadline - time.monotonic(), sound=sound)
             committed += ack.committed
             duplicates += ack.duplicates
         return AppendReply(committed=committed, duplicates=duplicates)

@@ -11,9 +11,9 @@ import pytest
 
 from replay import synthetic
 from replay.client import GrpcReplayWriter, GrpcShardControl
-from replay.experience_pb2 import AppendRequest, Column, GrantRequest, RowChunk
+from replay.experience_pb2 import AppendRequest, GrantRequest
 from replay.experience_pb2_grpc import ReplayServiceStub
-from replay.messages import MESSAGE_BYTES, from_message, to_messages
+from replay.messages import MESSAGE_BYTES, ChunkCodec
 from replay.service import ShardServer, serve_shard
 from replay.shard import ReplayShard
 from system.errors import DeadlineError, RejectedError, SchemaError
@@ -53,11 +53,14 @@ def refusal(
         return error.reason
 
 
-def message(**columns: bytes | None) -> AppendRequest:
-    chunk = next(to_messages(TABLE, [rows(0, 10)])).chunks[0]
-    data = {column.name: column.data for column in chunk.columns} | columns
-    kept = [Column(name=name, data=value) for name, value in data.items() if value is not None]
-    return AppendRequest(schema=TABLE.digest, chunks=[RowChunk(actor=0, env=0, rows=10, columns=kept)])
+def message(**changes: object) -> AppendRequest:
+    """Ten sound rows; `changes` are columns to send instead, or fields of the message."""
+    columns = dict(rows(0, 10).columns)
+    columns |= {name: value for name, value in changes.items() if name in columns}
+    (encoded,) = ChunkCodec(TABLE).encode([Chunk(stream=StreamId(actor=0, env=0), columns=columns)])
+    request = AppendRequest.FromString(encoded)
+    fields = {field.name: getattr(request, field.name) for field in request.DESCRIPTOR.fields}
+    return AppendRequest(**(fields | {k: v for k, v in changes.items() if k in fields}))
 
 
 def test_roles_do_only_what_is_theirs(shard: ReplayShard, server: ShardServer) -> None:
@@ -77,22 +80,26 @@ def test_roles_do_only_what_is_theirs(shard: ReplayShard, server: ShardServer) -
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
-        (AppendRequest(schema="0" * 64, chunks=message().chunks), "schema"),
-        (message(vector=b"123"), "shape"),
-        (message(vector=None), "columns"),
-        (message(reward=None), "columns"),
-        (message(pickle=b"cos\nsystem\n(S'true'\ntR."), "columns"),
-        (message(is_first=bytes([2] * 10)), "range"),
-        (message(vector=np.full((10, 4), np.nan, np.float32).tobytes()), "nonfinite"),
-        (AppendRequest(schema=TABLE.digest, chunks=[RowChunk(actor=1 << 20, rows=0)]), "columns"),
+        (message(schema="0" * 64), "schema"),
+        (message(payload=message().payload[:-1]), "shape"),
+        (message(payload=b""), "shape"),
+        (message(rows=[]), "shape"),
+        (message(rows=[10, 0], actor=[0, 0], env=[0, 1]), "shape"),
+        (message(rows=[(1 << 32) - 1]), "shape"),
+        (message(actor=[1 << 20]), "range"),
+        (message(is_first=np.full(10, 2, np.uint8)), "range"),
+        (message(vector=np.full((10, 4), np.nan, np.float32)), "nonfinite"),
+        (message(step=np.zeros(10, np.int32), is_first=np.ones(10, np.bool_)), "identity"),
+        (message(rows=[4, 6], actor=[0, 0], env=[0, 1]), "incarnation"),
     ],
 )
 def test_bytes_that_are_no_rows_are_refused_and_counted(
     shard: ReplayShard, server: ShardServer, request_: AppendRequest, reason: str
 ) -> None:
     assert refusal(server, request_) == reason
-    assert shard.stats().inserted == 0
-    assert shard.stats().rejected == sum(chunk.rows for chunk in request_.chunks)
+    stats = shard.stats()
+    assert stats.inserted == (4 if reason == "incarnation" else 0)  # only the sound first chunk of that one
+    assert stats.inserted + stats.rejected == min(sum(request_.rows), len(request_.payload))
 
 
 def test_an_append_without_a_deadline_is_refused(server: ShardServer) -> None:
@@ -110,13 +117,14 @@ def test_statistics_travel_whole(shard: ReplayShard, server: ShardServer) -> Non
 def test_long_appends_are_cut_into_bounded_messages() -> None:
     table = synthetic.image_table()
     chunks = [synthetic.rows(table, StreamId(actor=0, env=e), 0, 200) for e in range(2)]
-    messages = list(to_messages(table, chunks))
+    codec = ChunkCodec(table)
+    messages = list(codec.encode(chunks))
     assert len(messages) == 3
-    assert all(m.ByteSize() < MESSAGE_BYTES + (64 << 10) for m in messages)
-    back = [chunk for m in messages for chunk in from_message(table, m)]
+    assert all(len(m) < MESSAGE_BYTES + (64 << 10) for m in messages)
+    batches = [codec.decode(AppendRequest.FromString(m)) for m in messages]
     for env in range(2):
         for name, values in chunks[env].columns.items():
-            parts = [c.columns[name] for c in back if c.stream.env == env]
+            parts = [c.columns[name] for b in batches for c in b.chunks if c.stream.env == env]
             np.testing.assert_array_equal(np.concatenate(parts), values)
 
 
