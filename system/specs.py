@@ -57,8 +57,8 @@ class ArraySpec:
     dtype: str  # numpy name: uint8, float32, int32, int64, bool, uint16
     kind: ObsKind = "vector"  # image: uint8 HWC; discrete: int32 with `classes` values per entry
     classes: int = 0
-    default: float = 0.0
-    """What every entry reads as in rows stored before the column existed."""
+    default: float | None = None
+    """What every entry reads as in rows stored before the column existed; none: such rows are refused."""
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +67,7 @@ class ArraySpec:
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype, "kind": self.kind}
         out |= {"classes": self.classes} if self.classes else {}
-        return out | ({"default": self.default} if self.default else {})
+        return out | ({"default": self.default} if self.default is not None else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ArraySpec:
@@ -76,7 +76,7 @@ class ArraySpec:
             dtype=str(data["dtype"]),
             kind=data.get("kind", "vector"),
             classes=int(data.get("classes", 0)),
-            default=float(data.get("default", 0.0)),
+            default=float(data["default"]) if data.get("default") is not None else None,
         )
 
 
