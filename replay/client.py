@@ -79,7 +79,10 @@ class GrpcReplayWriter:
 
 
 class GrpcShardControl:
-    """Grants and statistics of one shard from afar. `grant` does not wait for the answer."""
+    """Grants and statistics of one shard from afar. `grant` does not wait for the answer.
+
+    A credits.DistantGrantTaker: it knows what the shard may be acting on.
+    """
 
     def __init__(self, address: str, *, role: str = "learner", security: Security = OPEN) -> None:
         self._peer = f"replay shard {address}"
@@ -90,6 +93,8 @@ class GrpcShardControl:
         self._busy = self._closed = False
         self._next: int | None = None  # newest grant behind the one on its way
         self._failure: DreamfleetError | None = None
+        self._ceiling = 0
+        self._settled = True
 
     def grant(self, max_inserted: int) -> None:
         """Send a grant; when one is still on its way, the newest follows it.
@@ -100,11 +105,23 @@ class GrpcShardControl:
             failure, self._failure = self._failure, None
             if failure is not None:
                 raise failure
+            self._ceiling = max(self._ceiling, max_inserted)
+            self._settled = False
             if self._busy:
                 self._next = max_inserted
                 return
             self._busy = True
         self._start(max_inserted)
+
+    @property
+    def ceiling(self) -> int:
+        """The largest grant the shard may be acting on now."""
+        return self._ceiling
+
+    @property
+    def settled(self) -> bool:
+        """The newest grant was acknowledged."""
+        return self._settled
 
     def stats(self) -> ShardStats:
         """Raises: DeadlineError, RejectedError, InfrastructureError within CONTROL_SECONDS."""
@@ -125,15 +142,18 @@ class GrpcShardControl:
     def _start(self, max_inserted: int) -> None:
         request = GrantRequest(max_inserted=max_inserted)
         call = self._stub.Grant.future(request, timeout=CONTROL_SECONDS, metadata=self._metadata)
-        call.add_done_callback(self._done)
+        call.add_done_callback(lambda done: self._done(done, max_inserted))
 
-    def _done(self, call: Any) -> None:
+    def _done(self, call: Any, granted: int) -> None:
         """Runs on a gRPC thread when a grant was answered or failed."""
         with self._lock:
             if call.code() != grpc.StatusCode.OK:
                 self._failure = None if self._closed else error_of(call, self._peer)
                 self._next = None
             following, self._next = self._next, None
+            if call.code() == grpc.StatusCode.OK:
+                self._ceiling = granted if following is None else max(granted, following)
+                self._settled = following is None
             self._busy = following is not None and not self._closed
             if not self._busy or following is None:
                 return

@@ -3,12 +3,22 @@
 With N rows inserted and M rows trained since the origin of the ledger,
 
     error = train_ratio * (N - prefill_rows) - M                       (in trained rows)
-    training  waits while  error - rows < -train_ratio * tolerance_rows
-    inserting waits while  error        >  train_ratio * tolerance_rows
+    training  waits while  error - rows < -train_ratio * band_rows
+    inserting waits while  error        >  train_ratio * band_rows
 
-so both sides are bounded: collectors may be tolerance_rows ahead of the learner, and behind it. Both
-cannot wait at once when 2 * tolerance_rows - 1 >= rows / train_ratio. The reader (`replay.sampler`)
-asks and tells; the shards only ever see `insert_budget`, split among them.
+so both sides are bounded: collectors may be band_rows ahead of the learner, and behind it. Both
+cannot wait at once when 2 * band_rows - 1 >= rows / train_ratio.
+
+How exact this is: between two moments with I rows inserted and M trained,
+M = train_ratio * I - (error then - error now), so that
+
+    | M / I - train_ratio | / train_ratio  <=  2 * band_rows / I
+
+whatever happened in between. One update alone is rows / train_ratio inserted rows, so no rule keeps
+every window closer than that. A paced limiter holds the band just wide enough: half an update,
+and what arrives in SLACK_SECONDS, never more than tolerance_rows.
+
+`replay.governor` asks and tells; the shards only ever see their part of `insert_budget`.
 """
 
 from __future__ import annotations
@@ -19,12 +29,25 @@ from typing import Any
 
 from system.errors import ConfigError
 
+SLACK_SECONDS = 0.05
+"""Collecting and training each go on for this long while word of the other is on its way."""
+
 
 class RateLimiter:
     """Ledger of inserted and trained rows and the band between them."""
 
-    def __init__(self, train_ratio: float, prefill_rows: int, tolerance_rows: int, min_rows: int) -> None:
+    def __init__(
+        self,
+        train_ratio: float,
+        prefill_rows: int,
+        tolerance_rows: int,
+        min_rows: int,
+        *,
+        paced: bool = False,
+    ) -> None:
         """See the module for the band; `min_rows` live rows are needed before any training.
+
+        A paced limiter fits the band to the traffic it is told of by `pace`, within tolerance_rows.
 
         Raises: ConfigError for values that would deadlock.
         """
@@ -43,22 +66,41 @@ class RateLimiter:
         self.prefill_rows = prefill_rows
         self.tolerance_rows = tolerance_rows
         self.min_rows = min_rows
+        self.paced = paced
+        self._update_rows = 0
+        self._rate = 0.0  # inserted rows per second
+        self._asked: tuple[float, int] | None = None
         self.inserted = 0
         self.live = 0
         self.starts = 0
         self.trained = 0
         self._origin_inserted = 0.0
         self._origin_trained = 0
+        self._origin_owed = 0.0
 
     def check_update(self, rows: int) -> None:
         """Raises: ConfigError when updates of `rows` trained rows could leave both sides waiting."""
-        needed = math.ceil((rows / self.train_ratio + 1) / 2)
+        needed = _narrowest(rows, self.train_ratio)
         if self.tolerance_rows < needed:
             raise ConfigError(
                 f"tolerance_rows ({self.tolerance_rows}) must satisfy 2 * tolerance_rows - 1 >= batch rows / "
                 f"train_ratio ({rows} / {self.train_ratio:g}), or learner and actors would wait for each "
                 f"other; raise tolerance_rows to {needed} or more"
             )
+        self._update_rows = max(self._update_rows, rows)
+
+    @property
+    def band_rows(self) -> int:
+        """Inserted rows that either side may be ahead now."""
+        if not self.paced:
+            return self.tolerance_rows
+        fitting = _narrowest(self._update_rows, self.train_ratio) + math.ceil(self._rate * SLACK_SECONDS)
+        return min(self.tolerance_rows, fitting)
+
+    @property
+    def ahead_rows(self) -> float:
+        """Inserted rows that collecting is ahead of training; negative: training is ahead."""
+        return self.error / self.train_ratio
 
     @property
     def error(self) -> float:
@@ -68,8 +110,8 @@ class RateLimiter:
 
     @property
     def held_ratio(self) -> float:
-        """Trained rows per inserted row since prefill; 0 before."""
-        since = self.inserted - self._origin_inserted - self.prefill_rows
+        """Trained rows per inserted row since the prefill or the newest change of the ratio; 0 before."""
+        since = self.inserted - self._origin_inserted - self.prefill_rows - self._origin_owed
         return (self.trained - self._origin_trained) / since if since > 0 else 0.0
 
     @property
@@ -81,6 +123,13 @@ class RateLimiter:
         self.inserted = inserted
         self.live = live
         self.starts = starts
+        if self._asked is not None:
+            (ratio, tolerance), self._asked = self._asked, None
+            self.adjust(train_ratio=ratio, tolerance_rows=tolerance)
+
+    def pace(self, rows_per_second: float) -> None:
+        """Tell how many rows are inserted per second; a paced band follows it."""
+        self._rate = max(0.0, rows_per_second)
 
     def record(self, rows: int) -> None:
         """Count `rows` trained rows (batch * length, context excluded)."""
@@ -89,7 +138,7 @@ class RateLimiter:
     def can_train(self, rows: int) -> bool:
         if self.live < self.min_rows or not self.starts or not self.prefilled:
             return False
-        return self.error - rows >= -self.train_ratio * self.tolerance_rows - 1e-6
+        return self.error - rows >= -self.train_ratio * self.band_rows - 1e-6
 
     def insert_budget(self) -> int:
         """Lifetime rows the shards together may reach.
@@ -97,28 +146,40 @@ class RateLimiter:
         While training cannot begin for want of rows, whatever the ledger says, the prefill goes on.
         """
         trained = (self.trained - self._origin_trained) / self.train_ratio
-        budget = math.floor(self._origin_inserted + self.prefill_rows + self.tolerance_rows + trained + 1e-6)
+        budget = math.floor(self._origin_inserted + self.prefill_rows + self.band_rows + trained + 1e-6)
         needed = self.min_rows - self.live
         if not self.starts:
             needed = max(needed, self.tolerance_rows)
         return max(budget, self.inserted + needed)
 
+    def check_adjust(
+        self, *, train_ratio: float | None = None, tolerance_rows: int | None = None
+    ) -> tuple[float, int]:
+        """The settings that `adjust` would take. Raises: ConfigError when they would deadlock."""
+        ratio = self.train_ratio if train_ratio is None else float(train_ratio)
+        tolerance = self.tolerance_rows if tolerance_rows is None else tolerance_rows
+        RateLimiter(ratio, self.prefill_rows, tolerance, self.min_rows).check_update(self._update_rows)
+        return ratio, tolerance
+
     def adjust(self, *, train_ratio: float | None = None, tolerance_rows: int | None = None) -> None:
         """Change the band while running. What is owed in inserted rows stays owed; the past is not recounted.
 
-        Raises: ConfigError as the constructor.
+        Raises: ConfigError as the constructor and `check_update`, and nothing is changed.
         """
-        ratio = self.train_ratio if train_ratio is None else float(train_ratio)
-        tolerance = self.tolerance_rows if tolerance_rows is None else tolerance_rows
-        RateLimiter(ratio, self.prefill_rows, tolerance, self.min_rows)
-        if self.prefilled:
+        ratio, tolerance = self.check_adjust(train_ratio=train_ratio, tolerance_rows=tolerance_rows)
+        if self.prefilled and ratio != self.train_ratio:
             self._rebase(self.error / self.train_ratio)
         self.train_ratio, self.tolerance_rows = ratio, tolerance
+
+    def request(self, *, train_ratio: float | None = None, tolerance_rows: int | None = None) -> None:
+        """As `adjust`, from any thread: checked here, taken up by the owner's next `observe`."""
+        self._asked = self.check_adjust(train_ratio=train_ratio, tolerance_rows=tolerance_rows)
 
     def _rebase(self, owed_rows: float) -> None:
         """Restart the ledger here with `owed_rows` inserted rows not yet trained on."""
         self._origin_trained = self.trained
         self._origin_inserted = self.inserted - self.prefill_rows - owed_rows
+        self._origin_owed = owed_rows
 
     def state(self) -> dict[str, Any]:
         return {
@@ -128,6 +189,7 @@ class RateLimiter:
             "trained": self.trained,
             "origin_inserted": self._origin_inserted,
             "origin_trained": self._origin_trained,
+            "origin_owed": self._origin_owed,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -142,13 +204,21 @@ class RateLimiter:
         saved.inserted, saved.trained = int(state["inserted"]), int(state["trained"])
         saved._origin_inserted = float(state["origin_inserted"])
         saved._origin_trained = int(state["origin_trained"])
+        saved._origin_owed = float(state.get("origin_owed", 0.0))
         owed = saved.error / saved.train_ratio
         self.trained = saved.trained
         self._origin_inserted, self._origin_trained = saved._origin_inserted, saved._origin_trained
+        self._origin_owed = saved._origin_owed
         same = (saved.train_ratio, saved.prefill_rows) == (self.train_ratio, self.prefill_rows)
         if self.live == 0:
             self._origin_inserted, self._origin_trained = float(self.inserted), self.trained
+            self._origin_owed = 0.0
         elif self.inserted < saved.inserted:
             self._rebase(min(max(owed, -self.tolerance_rows), self.tolerance_rows))
         elif saved.prefilled and not same:
             self._rebase(owed + self.inserted - saved.inserted)
+
+
+def _narrowest(rows: int, train_ratio: float) -> int:
+    """The smallest band in which updates of `rows` trained rows never leave both sides waiting."""
+    return max(1, math.ceil((rows / train_ratio + 1) / 2))

@@ -1,7 +1,7 @@
 """The learner's side of replay on its node: when a batch may be drawn, and what that lets actors insert.
 
-A LocalReader owns the limiter. Shards insert as far as its grants allow, it trains as far as the ledger
-allows, and both sides wait with a deadline. `replay.view` knows what is where, `replay.sampler` draws.
+Shards insert as far as the grants of its governor allow, the learner trains as far as the ledger allows, and
+both sides wait with a deadline. `replay.view` knows what is where, `replay.sampler` draws.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from replay.credits import REPEAT_SECONDS, GrantSplitter, GrantTaker
+from replay.credits import GrantTaker
+from replay.governor import Governor
 from replay.limiter import RateLimiter
 from replay.rows import write_overlay
 from replay.sampler import Sampler
@@ -22,7 +23,6 @@ from system.experience import WriteBack
 from system.metrics import Metrics
 from system.specs import TableSpec
 
-GRANT_SECONDS = 0.02
 POLL_SECONDS = 0.001
 
 
@@ -102,8 +102,7 @@ class LocalReader:
         self._sampler = Sampler(
             table.all, batch=batch, time=self._time, context=context, ring=ring, seed=seed
         )
-        self._grants = GrantSplitter(controls)
-        self._next_grant = self._next_repeat = 0.0
+        self.governor = Governor(limiter, controls, metrics=metrics)
         self._checked_shards = 0
         self._metrics = metrics
         self._observe()
@@ -117,26 +116,24 @@ class LocalReader:
             if now - begin >= timeout:
                 self._waited(now - begin)
                 raise DeadlineError(f"no batch for {now - begin:.1f} s: {self._why_waiting()}")
-            self._grant_if_due(now)
+            self.governor.pump(now)
             time.sleep(min(POLL_SECONDS, timeout))
-            self._observe()
+            self._observe(stalled=True)
         if now > begin:
             self._waited(now - begin)
         started = time.monotonic()
         sequence = self._sampler.draw(self._view.index)
         self.limiter.record(self._update_rows)
         now = time.monotonic()
-        self._grant_if_due(now)
+        self.governor.pump(now)
         if self._metrics is not None:
             self._metrics["learner_sample_seconds"].observe(now - started)
-            self._metrics["learner_train_ratio"].set(self.limiter.held_ratio)
-            self._metrics["learner_train_ratio_target"].set(self.limiter.train_ratio)
         return sequence
 
     def pump(self) -> None:
         """Send grants without sampling; call it while the learner is busy with something else."""
         self._observe()
-        self._grant_if_due(time.monotonic())
+        self.governor.pump(time.monotonic())
 
     def write_back(self, rows: WriteBack) -> int:
         """Overwrite overlay columns of sampled rows; rows evicted meanwhile are dropped and counted.
@@ -160,17 +157,16 @@ class LocalReader:
         """What a checkpoint needs for the same batches to follow, as JSON values."""
         self._observe()
         return {
-            "limiter": self.limiter.state(),
+            **self.governor.state(),
             "rng": self._sampler.state(),
-            "inserted": self._view.inserted(self._grants.size),  # by shard
+            "inserted": self._view.inserted(len(self.governor.grants.shards)),  # by shard
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state beside the replay as it is now (see `RateLimiter.load`)."""
         self._observe()
-        self.limiter.load(state["limiter"])
+        self.governor.load(state)
         self._sampler.load(state["rng"])
-        self._grants.forget()
 
     def close(self) -> None:
         """Let go of the maps; batches handed out stay readable while they are referenced."""
@@ -178,34 +174,24 @@ class LocalReader:
 
     # ---- inside -----------------------------------------------------------------------------------
 
-    def _observe(self) -> None:
+    def _observe(self, *, stalled: bool = False) -> None:
         self._view.refresh()
         if self._view.shards != self._checked_shards:
             self._check_capacity()
         index = self._view.index
-        self.limiter.observe(sum(self._view.inserted(self._grants.size)), index.rows, index.total)
+        self.governor.observe(time.monotonic(), self._view.views, index.rows, index.total, stalled=stalled)
 
     def _check_capacity(self) -> None:
         found = self._view.capacities()
         for capacity_rows, segment_rows in found:
             check_fits(capacity_rows, segment_rows, self._time)
         total = sum(capacity for capacity, _ in found)
-        if len(found) >= max(1, self._grants.size) and self.limiter.min_rows > total:
+        if len(found) >= max(1, len(self.governor.grants.shards)) and self.limiter.min_rows > total:
             raise ConfigError(
                 f"min_rows ({self.limiter.min_rows}) must be <= the replay capacity of all shards ({total}); "
                 "lower min_rows or raise the capacity"
             )
         self._checked_shards = len(found)
-
-    def _grant_if_due(self, now: float) -> None:
-        if now < self._next_grant:
-            return
-        self._next_grant = now + GRANT_SECONDS
-        if now >= self._next_repeat:  # a restarted shard has forgotten what it was granted
-            self._next_repeat = now + REPEAT_SECONDS
-            self._grants.forget()
-        shards, budget = self._grants.size, self.limiter.insert_budget()
-        self._grants.send(budget, self._view.inserted(shards), self._view.waiting(shards), now)
 
     def _waited(self, seconds: float) -> None:
         if self._metrics is not None:
@@ -219,7 +205,7 @@ class LocalReader:
                 streams=len(index.streams),
                 longest=index.longest,
                 time=self._time,
-                waiting=sum(self._view.waiting(self._grants.size)),
+                waiting=self.governor.waiting_rows,
             )
-            + f"; {self._grants.failures} grants failed"
+            + f"; {self.governor.grants.failures} grants failed"
         )

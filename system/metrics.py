@@ -73,6 +73,15 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("learner_rows_trained_total", "Rows trained on, context excluded."),
     _gauge("learner_train_ratio", "Trained rows per inserted row since prefill."),
     _gauge("learner_train_ratio_target", "Train ratio asked for."),
+    _gauge("learner_train_ratio_minute", "Trained rows per inserted row over the last minute."),
+    _gauge("learner_ahead_rows", "Inserted rows that collecting is ahead of training; negative: behind."),
+    _gauge("learner_tolerance_rows", "Inserted rows that either side may be ahead of the other now."),
+    _counter(
+        "learner_stall_seconds_total",
+        "Seconds that a side waited: the learner for the prefill (prefill) or for actors (learner), actors "
+        "for the learner (actors) or for credit on its way (grants).",
+        "side",
+    ),
     _counter("learner_sample_wait_seconds_total", "Seconds the learner waited for replay (limiter or data)."),
     _histogram("learner_update_seconds", "Time of one update without waiting."),
     _histogram("learner_sample_seconds", "Time to draw and copy one batch."),

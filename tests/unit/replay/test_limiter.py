@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.credits import GrantSplitter, split_budget
 from replay.limiter import RateLimiter
-from system.errors import ConfigError, DeadlineError
+from system.errors import ConfigError
 
 
 def limiter(ratio: float = 4.0, prefill: int = 100, tolerance: int = 50, least: int = 10) -> RateLimiter:
@@ -159,55 +158,3 @@ def test_changing_the_ratio_keeps_what_is_owed_and_forgets_nothing_else() -> Non
     assert it.trained == 720
     with pytest.raises(ConfigError):
         it.adjust(tolerance_rows=0)
-
-
-@given(
-    budget=st.integers(0, 10_000),
-    shards=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 50), st.booleans()), max_size=6),
-)
-def test_grants_add_up_to_the_budget(budget: int, shards: list[tuple[int, int, bool]]) -> None:
-    inserted, waiting, alive = ([s[i] for s in shards] for i in range(3))
-    grants = split_budget(budget, inserted, waiting, alive)
-    free = max(0, budget - sum(inserted)) if any(alive) else 0
-    assert sum(grants) == sum(inserted) + free
-    for k, grant in enumerate(grants):
-        assert grant == inserted[k] or alive[k]
-
-
-def test_free_credit_goes_to_the_shards_that_wait() -> None:
-    assert split_budget(100, [40, 30, 10], [0, 7, 0], [True] * 3) == [40, 50, 10]
-    assert split_budget(100, [40, 30, 10], [0, 7, 0], [True, False, True]) == [50, 30, 20]
-
-
-class _Shard:
-    def __init__(self) -> None:
-        self.got: list[int] = []
-        self.dead = False
-
-    def grant(self, max_inserted: int) -> None:
-        if self.dead:
-            raise DeadlineError("no answer")
-        self.got.append(max_inserted)
-
-
-def test_a_dead_shard_is_left_alone_and_its_credit_goes_elsewhere() -> None:
-    shards = [_Shard(), _Shard()]
-    splitter = GrantSplitter(shards)
-    shards[1].dead = True
-    splitter.send(100, [0, 0], [0, 0], now=1.0)
-    assert (shards[0].got, shards[1].got, splitter.failures) == ([50], [], 1)
-    splitter.send(100, [0, 0], [0, 0], now=1.5)
-    assert (shards[0].got[-1], splitter.failures) == (100, 1)
-    shards[1].dead = False
-    splitter.send(100, [0, 0], [0, 0], now=2.1)
-    assert (shards[0].got[-1], shards[1].got) == (50, [50])
-
-
-def test_grants_are_repeated_after_forgetting() -> None:
-    shard = _Shard()
-    splitter = GrantSplitter([shard])
-    for _ in range(3):
-        splitter.send(10, [0], [0], now=0.0)
-    splitter.forget()
-    splitter.send(10, [0], [0], now=0.0)
-    assert shard.got == [10, 10]

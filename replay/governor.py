@@ -1,0 +1,244 @@
+"""Keeps the train ratio: takes what the shards report, sends them credit, books who waits for whom.
+
+Between `replay.reader` (which looks and draws), `replay.limiter` (the rule) and `replay.credits` (who gets
+how much of it). Clocks are arguments, so that a test can be a fleet for an hour in a second.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from replay.credits import GrantSplitter, GrantTaker
+from replay.limiter import RateLimiter
+from system.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+GRANT_SECONDS = 0.005
+"""Least time between two rounds of grants."""
+MARK_SECONDS = 1.0
+WINDOW_SECONDS = 60
+PACE_SECONDS = 10
+WAITS = ("prefill", "learner", "actors", "grants")
+"""Who waits: the learner for the prefill (or for a sequence to start), the learner for actors, actors for the
+learner, actors for credit that is free but on its way to their shard."""
+
+
+class ShardCounters(Protocol):
+    """What the governor reads of a shard; `replay.view.ShardView` has it."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def inserted(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+
+
+class InsertTally:
+    """Rows inserted into all shards together: never falls, whoever leaves, dies, returns or lost rows.
+
+    A shard that is away keeps its count. One that returns with more is counted on; one that returns with
+    fewer (its rows were lost) counts from there, so what is gone is neither owed nor asked for again.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seen: dict[int, int] = {}
+
+    def count(self, inserted: Mapping[int, int]) -> int:
+        """Take the lifetime rows of the shards in sight; return the total."""
+        for shard, rows in inserted.items():
+            seen = self._seen.get(shard, 0)
+            if rows != seen:
+                self.total += max(0, rows - seen)
+                self._seen[shard] = rows
+        return self.total
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self.total, "shards": {str(shard): rows for shard, rows in self._seen.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.total = int(state["total"])
+        self._seen = {int(shard): int(rows) for shard, rows in state["shards"].items()}
+
+
+class _Mark(NamedTuple):
+    time: float
+    inserted: int
+    trained: int
+    seconds: tuple[float, ...]  # by WAITS
+
+
+class WaitBooks:
+    """Seconds that each side waited, and rates and ratio over the last minute."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(WAITS, 0.0)
+        self._now: _Mark | None = None
+        self._waiting: frozenset[str] = frozenset()
+        self._marks: deque[_Mark] = deque(maxlen=WINDOW_SECONDS + 1)
+
+    def note(self, now: float, inserted: int, trained: int, waiting: frozenset[str]) -> bool:
+        """Book the time since the last note; True once a second, when a mark was set.
+
+        The learner waits in one call, so it waited in between when it waited then and waits now. Appends
+        come and go, so half of the time is booked by what was seen then and half by what is seen now.
+        """
+        if self._now is not None:
+            spent = max(0.0, now - self._now.time)
+            for side in WAITS:
+                ends = (side in self._waiting) + (side in waiting)
+                self.seconds[side] += spent * (ends // 2 if side in ("prefill", "learner") else ends / 2)
+        self._waiting = waiting
+        self._now = _Mark(now, inserted, trained, tuple(self.seconds[side] for side in WAITS))
+        if self._marks and now - self._marks[-1].time < MARK_SECONDS:
+            return False
+        self._marks.append(self._now)
+        return True
+
+    def rate(self) -> float:
+        """Rows inserted per second over about PACE_SECONDS."""
+        then, now = self._span(PACE_SECONDS)
+        return (now.inserted - then.inserted) / (now.time - then.time) if now.time > then.time else 0.0
+
+    def held_ratio(self) -> float | None:
+        """Trained rows per inserted row over the last minute; None when nothing was inserted."""
+        then, now = self._span(WINDOW_SECONDS)
+        return (
+            (now.trained - then.trained) / (now.inserted - then.inserted)
+            if now.inserted > then.inserted
+            else None
+        )
+
+    def shares(self) -> dict[str, float]:
+        """Part of the last minute that each side waited."""
+        then, now = self._span(WINDOW_SECONDS)
+        wall = now.time - then.time
+        return {
+            side: (now.seconds[k] - then.seconds[k]) / wall if wall > 0 else 0.0
+            for k, side in enumerate(WAITS)
+        }
+
+    def _span(self, seconds: float) -> tuple[_Mark, _Mark]:
+        now = self._now or _Mark(0.0, 0, 0, (0.0,) * len(WAITS))
+        marks = [m for m in self._marks if now.time - m.time <= seconds + MARK_SECONDS / 2]
+        return (marks[0] if marks else now), now
+
+
+_SENTENCES = {
+    "prefill": "the learner waits for the prefill",
+    "learner": "the learner waits for actors",
+    "actors": "actors wait for the learner",
+    "grants": "actors wait for credit on its way",
+}
+
+
+class Governor:
+    """The limiter in its surroundings. Belongs to the thread that samples; `adjust` may come from any."""
+
+    def __init__(
+        self, limiter: RateLimiter, controls: Sequence[GrantTaker], *, metrics: Metrics | None = None
+    ) -> None:
+        """`controls[k]` takes the credit of shard k."""
+        self.limiter = limiter
+        self.grants = GrantSplitter(controls)
+        self.books = WaitBooks()
+        self._tally = InsertTally()
+        self._inserted: dict[int, int] = {}
+        self._waiting: dict[int, int] = {}
+        self._next_grant = 0.0
+        self._metrics = metrics
+        self._exported = dict(self.books.seconds)
+        self._line = "no experience yet"
+
+    def observe(
+        self, now: float, shards: Iterable[ShardCounters], live: int, starts: int, *, stalled: bool = False
+    ) -> None:
+        """Take the counters of the shards in sight; `stalled` while the learner has to wait for its batch."""
+        for shard in shards:
+            self._inserted[shard.index] = shard.inserted
+            self._waiting[shard.index] = shard.waiting
+        self.limiter.observe(self._tally.count(self._inserted), live, starts)
+        waiting = frozenset(self._who_waits(stalled))
+        if self.books.note(now, self.limiter.inserted, self.limiter.trained, waiting):
+            self.limiter.pace(self.books.rate())
+            self._line = self._describe()
+            self._export()
+
+    def pump(self, now: float, *, at_once: bool = False) -> None:
+        """Send the grants that are due."""
+        if now < self._next_grant and not at_once:
+            return
+        self._next_grant = now + GRANT_SECONDS
+        free = self.limiter.insert_budget() - self.limiter.inserted
+        self.grants.send(free, self._inserted, self._waiting, now)
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that appends hold back in shards that answer."""
+        return sum(rows for shard, rows in self._waiting.items() if self.grants.answers(shard))
+
+    def line(self) -> str:
+        """Who waited for whom in the last minute, and the ratio held, as of about a second ago."""
+        return self._line
+
+    def report(self) -> dict[str, Any]:
+        """What a status needs, JSON-able; seconds are of this process's life."""
+        return {
+            "line": self._line,
+            "seconds": dict(self.books.seconds),
+            "shares": self.books.shares(),
+            "held_ratio": self.books.held_ratio(),
+            "asked_ratio": self.limiter.train_ratio,
+            "ahead_rows": self.limiter.ahead_rows,
+            "band_rows": self.limiter.band_rows,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The ledger, for a checkpoint."""
+        return {"limiter": self.limiter.state(), "tally": self._tally.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved ledger beside the shards as last observed (see `RateLimiter.load`)."""
+        self._tally.load(state["tally"])
+        limiter = self.limiter
+        limiter.observe(self._tally.count(self._inserted), limiter.live, limiter.starts)
+        limiter.load(state["limiter"])
+        self.grants.forget()
+
+    def _who_waits(self, stalled: bool) -> Iterable[str]:
+        limiter = self.limiter
+        if stalled:
+            yield "learner" if limiter.prefilled and limiter.starts else "prefill"
+        if self.waiting_rows > 0:
+            yield "actors" if limiter.insert_budget() <= limiter.inserted else "grants"
+
+    def _describe(self) -> str:
+        shares = self.books.shares()
+        side = max(shares, key=lambda name: shares[name])
+        who = (
+            f"{_SENTENCES[side]} {shares[side]:.0%} of the last minute"
+            if shares[side] >= 0.01
+            else ("nobody waits")
+        )
+        held = self.books.held_ratio()
+        ratio = "" if held is None else f"{held:.4g} of "
+        return f"{who}; train ratio {ratio}{self.limiter.train_ratio:g}"
+
+    def _export(self) -> None:
+        if self._metrics is None:
+            return
+        for side, seconds in self.books.seconds.items():
+            self._metrics.labels("learner_stall_seconds_total", side=side).inc(seconds - self._exported[side])
+        self._exported = dict(self.books.seconds)
+        held = self.books.held_ratio()
+        if held is not None:
+            self._metrics["learner_train_ratio_minute"].set(held)
+        self._metrics["learner_train_ratio"].set(self.limiter.held_ratio)
+        self._metrics["learner_train_ratio_target"].set(self.limiter.train_ratio)
+        self._metrics["learner_ahead_rows"].set(self.limiter.ahead_rows)
+        self._metrics["learner_tolerance_rows"].set(self.limiter.band_rows)
