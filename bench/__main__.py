@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", choices=choices, metavar="NAME", help=" | ".join(choices))
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON rows")
+    parser.add_argument(
+        "--save", action="store_true", help="keep the rows in docs/results, rewrite the tables"
+    )
     if not arguments or arguments[0] not in choices:
         parser.parse_args(arguments)  # prints help or the error and exits
         return 2
@@ -48,13 +51,26 @@ def main(arguments: list[str] | None = None) -> int:
     module: Any = importlib.import_module(f"bench.{arguments[0]}")
     module.add_arguments(parser)
     options = parser.parse_args(arguments)
+    found: list[dict[str, Any]] = []
     try:
         for row in module.rows(options):
             _print_row(row, quiet=options.json)
+            found.append(row.to_json())
     except DreamfleetError as error:
         print(f"bench {options.name}: {error}", file=sys.stderr)
         return error.exit_code
+    if options.save:
+        _save(options.name, [a for a in arguments if a not in ("--json", "--save")], found)
     return 0
+
+
+def _save(name: str, arguments: list[str], rows: list[dict[str, Any]]) -> None:
+    from bench import report
+
+    report.RESULTS.mkdir(parents=True, exist_ok=True)
+    result = {"name": name, "command": " ".join(["python -m bench", *arguments]), "rows": rows}
+    (report.RESULTS / f"bench-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    report.rewrite()
 
 
 def _print_row(row: Row, *, quiet: bool) -> None:
@@ -67,21 +83,15 @@ def _print_row(row: Row, *, quiet: bool) -> None:
 
 
 def _run_all() -> int:
-    from bench import report
-
-    report.RESULTS.mkdir(parents=True, exist_ok=True)
     worst = 0
     for name in TABLED:
-        command = ["-m", "bench", name, "--json"]
         try:
-            rows = list(_run_one([sys.executable, *command]))
+            rows = list(_run_one([sys.executable, "-m", "bench", name, "--json"]))
         except InfrastructureError as error:
             print(f"bench {name}: {error}", file=sys.stderr)
             worst = max(worst, error.exit_code)
-            continue
-        result = {"name": name, "command": f"python {' '.join(command)}", "rows": rows}
-        (report.RESULTS / f"bench-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    report.rewrite()
+        else:
+            _save(name, [name], rows)
     return worst
 
 
