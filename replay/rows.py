@@ -6,13 +6,14 @@ copies rows through it and knows nothing else about them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from replay.index import Piece, StartIndex
+from replay.native import load_gather
 from system.errors import SchemaError
 from system.experience import Columns, WriteBack
 from system.specs import TableSpec
@@ -27,10 +28,19 @@ class RowViews:
     Slices, never fancy indices: on mapped memory those cost thirteen times as much.
     """
 
-    __slots__ = ("narrow", "wide")
+    __slots__ = ("_tables", "addresses", "narrow", "nbytes", "rows", "sizes", "wide")
 
     def __init__(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        """The arrays must be contiguous and of equal length."""
         sizes = {name: a.itemsize * int(np.prod(a.shape[1:], dtype=np.int64)) for name, a in columns.items()}
+        self.rows = min((len(a) for a in columns.values()), default=0)
+        self.sizes = tuple(sizes.values())
+        self._tables = (
+            np.asarray([a.ctypes.data for a in columns.values()], np.uint64),  # [columns]
+            np.asarray(self.sizes, np.int64),  # [columns]
+        )
+        self.addresses, self.nbytes = (table.ctypes.data for table in self._tables)  # for the compiled copy
+        assert all(a.flags.c_contiguous for a in columns.values())
         self.wide = [a for name, a in columns.items() if sizes[name] > NARROW_NBYTES]
         self.narrow = [
             (a.reshape(-1).view(np.uint8).data, sizes[name])
@@ -41,6 +51,18 @@ class RowViews:
 
 def copy_rows(target: RowViews, at: int, source: RowViews, first: int, count: int) -> None:
     """Copy rows first .. first + count - 1 of `source` to row `at` of `target`, all columns."""
+    gather = load_gather()
+    if gather is None:
+        copy_rows_by_numpy(target, at, source, first, count)
+        return
+    assert target.sizes == source.sizes, (target.sizes, source.sizes)
+    assert 0 <= first <= source.rows - count, (first, count, source.rows)
+    assert 0 <= at <= target.rows - count, (at, count, target.rows)
+    gather(len(target.sizes), target.addresses, source.addresses, target.nbytes, at, first, count)
+
+
+def copy_rows_by_numpy(target: RowViews, at: int, source: RowViews, first: int, count: int) -> None:
+    """As `copy_rows`, where there is no compiler."""
     for to, wide in zip(target.wide, source.wide, strict=True):
         to[at : at + count] = wide[first : first + count]
     for (into, nbytes), (narrow, _) in zip(target.narrow, source.narrow, strict=True):
@@ -93,9 +115,15 @@ class MemoryHome:
 HomeT = TypeVar("HomeT", bound=Home)
 
 
-def write_overlay(table: TableSpec, index: StartIndex[HomeT], back: WriteBack) -> tuple[int, int]:
+def write_overlay(
+    table: TableSpec,
+    index: StartIndex[HomeT],
+    back: WriteBack,
+    before: Callable[[HomeT, int, int], None] | None = None,
+) -> tuple[int, int]:
     """Overwrite overlay rows by position; return (rows written, rows dropped: not live or read-only).
 
+    `before(home, first, count)` is told of all rows that are about to change.
     Raises: SchemaError for columns that are no overlay or have another shape or dtype.
     """
     batch, count = _check_write_back(table, back)
@@ -109,6 +137,8 @@ def write_overlay(table: TableSpec, index: StartIndex[HomeT], back: WriteBack) -
             at = lo - begin
             for piece in runs.pieces(lo, hi - lo):
                 source = slice(at, at + piece.rows)
+                if before is not None:
+                    before(piece.home, piece.first, piece.rows)
                 written += _write_piece(piece, {k: v[b, source] for k, v in back.columns.items()})
                 at += piece.rows
     return written, batch * count - written
