@@ -7,14 +7,14 @@ both sides wait with a deadline. `replay.view` knows what is where, `replay.samp
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from replay.credits import GrantTaker
 from replay.governor import Governor
 from replay.limiter import RateLimiter
-from replay.rows import write_overlay
+from replay.rows import Home, write_overlay
 from replay.sampler import Sampler
 from replay.view import TableView
 from system import experience
@@ -85,6 +85,7 @@ class LocalReader:
         limiter: RateLimiter,
         controls: Sequence[GrantTaker],
         ring: int = 3,
+        before_overwrite: Callable[[Home, int, int], None] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         """Sample `batch` sequences of context + length rows; the `ring`-th draw after a batch overwrites it.
@@ -96,6 +97,7 @@ class LocalReader:
         limiter.check_update(batch * length)
         self.limiter = limiter
         self.dropped_write_backs = 0
+        self._before_overwrite = before_overwrite  # e.g. PinStore.before
         self._update_rows = batch * length
         self._time = context + length
         self._view = TableView(root, table, self._time)
@@ -141,7 +143,9 @@ class LocalReader:
         Returns the rows written. Raises: SchemaError for other columns, shapes or dtypes.
         """
         self._view.refresh()
-        written, dropped = write_overlay(self._view.table, self._view.index, rows)
+        written, dropped = write_overlay(
+            self._view.table, self._view.index, rows, before=self._before_overwrite
+        )
         self.dropped_write_backs += dropped
         if self._metrics is not None:
             self._metrics.labels("learner_write_back_rows_total", outcome="written").inc(written)
