@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from replay import layout
 from replay.datasets.episodes import EXTRAS, About, Episode, EpisodeSource, Tally, checked
 from replay.datasets.whole import whole
-from replay.segment import CHUNK_ROWS
 from replay.shard import ReplayShard
 from system.errors import SchemaError
 from system.experience import Chunk, StreamId
@@ -24,6 +23,7 @@ from system.specs import ACTION_MASK
 
 ABOUT_FILE = "dataset.json"
 APPEND_ROWS = 4096
+LEAST_CAPACITY = 128  # rows, two segments
 APPEND_SECONDS = 600.0
 STREAM = StreamId(actor=0, env=0)
 """All episodes of an import follow each other in one stream: no start of a sequence is lost between them."""
@@ -43,7 +43,7 @@ def import_dataset(source: EpisodeSource, root: Path, progress: Progress = quiet
     """
     tally = Tally()
     with whole(root) as draft:
-        capacity = max(source.rows, 2 * CHUNK_ROWS)
+        capacity = max(source.rows, LEAST_CAPACITY)
         shard = ReplayShard(draft, 0, source.about.table, capacity_rows=capacity)
         try:
             for number, episode in enumerate(checked(source.about, source)):
