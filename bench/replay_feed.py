@@ -26,16 +26,22 @@ def fill_shard(shard: ReplayShard, table: TableSpec, count: int) -> float:
 class Feed:
     """Endless chunks of one stream: the noise repeats every few chunks, the identity goes on."""
 
-    def __init__(self, table: TableSpec, stream: StreamId) -> None:
-        self._noise = [synthetic.rows(table, stream, n * CHUNK_ROWS, CHUNK_ROWS).columns for n in range(4)]
+    def __init__(
+        self, table: TableSpec, stream: StreamId, *, incarnation: int = 0, chunk: int = CHUNK_ROWS
+    ) -> None:
+        self._noise = [
+            synthetic.rows(table, stream, n * chunk, chunk, incarnation=incarnation).columns for n in range(4)
+        ]
         self._table = TableSpec(
             columns={k: v for k, v in table.columns.items() if k in ROW_COLUMNS}, overlay={}
         )
-        self._stream = stream
+        self._stream, self._incarnation, self._chunk = stream, incarnation, chunk
         self._sent = 0
 
     def next(self) -> Chunk:
-        identity = synthetic.rows(self._table, self._stream, self._sent, CHUNK_ROWS).columns
-        noise = self._noise[self._sent // CHUNK_ROWS % len(self._noise)]
-        self._sent += CHUNK_ROWS
+        identity = synthetic.rows(
+            self._table, self._stream, self._sent, self._chunk, incarnation=self._incarnation
+        ).columns
+        noise = self._noise[self._sent // self._chunk % len(self._noise)]
+        self._sent += self._chunk
         return Chunk(stream=self._stream, columns={**noise, **identity})
