@@ -25,9 +25,9 @@ SINKS: dict[Format, MakeSink] = {
 
 
 def export_dataset(
-    source: EpisodeSource, path: Path, make_sink: MakeSink, progress: Progress = quiet
+    source: EpisodeSource, path: Path, make_sink: MakeSink, progress: Progress = quiet, *, least_rows: int = 1
 ) -> Tally:
-    """Write every episode of `source` to a new dataset at `path`.
+    """Write every episode of `source` with `least_rows` rows to a new dataset at `path`.
 
     Raises: ConfigError when `path` exists, SchemaError when there is no whole episode, PreflightError when
     the disk refuses; there is no `path` then.
@@ -36,6 +36,9 @@ def export_dataset(
     with whole(path) as draft:
         sink = make_sink(draft, source)
         for episode in source:
+            if len(episode) < least_rows:
+                tally.skip("episode too short", len(episode))
+                continue
             sink.write(episode)
             tally.add(episode)
             progress(tally)
