@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.rows import NARROW_NBYTES, RowViews
+from replay.rows import RowViews
 from system.errors import SchemaError
 from system.specs import ACTION_MASK, ArraySpec, TableSpec
 
 if TYPE_CHECKING:
     from replay.follow import SegmentHome
+
+MAX_TARGETS = 32
+"""Batches a reader copies into in turn; for each the columns of the older schema are picked once."""
 
 
 def obstacles(found: TableSpec, wanted: TableSpec) -> Iterator[tuple[str, str]]:
@@ -78,9 +81,7 @@ class EvolvedHome:
         self._defaults = {
             name: default_row(name, spec, found) for name, spec in wanted.all.items() if name not in found.all
         }
-        self._ignored: dict[str, NDArray[Any]] = {}  # where columns that nobody wants are copied to
-        self._target: RowViews | None = None
-        self._stored: RowViews | None = None  # the part of `_target` that `found` has, in its order
+        self._parts: dict[int, tuple[RowViews, RowViews]] = {}  # by id of a target: it, and what is stored
 
     slot_rows = property(lambda self: self._home.slot_rows)
     slots = property(lambda self: self._home.slots)
@@ -89,14 +90,9 @@ class EvolvedHome:
 
     def copy_rows(self, target: RowViews, at: int, first: int, count: int) -> None:
         """As Home."""
-        self._home.copy_rows(self._part(target, at + count), at, first, count)
-        wide, narrow = self._split(target)
+        self._home.copy_rows(self._stored(target), at, first, count)
         for name, row in self._defaults.items():
-            if name in wide:
-                wide[name][at : at + count] = row
-            else:
-                into, nbytes = narrow[name]
-                into[at * nbytes : (at + count) * nbytes] = row.tobytes() * count
+            target.columns[name][at : at + count] = row
 
     def will_need(self, first: int, count: int) -> None:
         """As Home."""
@@ -106,33 +102,19 @@ class EvolvedHome:
         """As Home: 0 for a column the segment does not have."""
         return self._home.write_overlay(name, first, values) if name in self._found.overlay else 0
 
-    def _split(self, target: RowViews) -> tuple[dict[str, NDArray[Any]], dict[str, tuple[Any, int]]]:
-        """The arrays of `target` by name: wide ones, and narrow ones as bytes."""
-        names: dict[bool, list[str]] = {True: [], False: []}
-        for name, spec in self._wanted.all.items():
-            names[spec.nbytes > NARROW_NBYTES].append(name)
-        return (
-            dict(zip(names[True], target.wide, strict=True)),
-            dict(zip(names[False], target.narrow, strict=True)),
-        )
-
-    def _part(self, target: RowViews, rows: int) -> RowViews:
-        short = any(len(array) < rows for array in self._ignored.values())
-        if self._target is target and self._stored is not None and not short:
-            return self._stored
-        wide, narrow = self._split(target)
-        part = RowViews({})
-        for name, spec in self._found.all.items():
-            is_wide = spec.nbytes > NARROW_NBYTES
-            if name in wide or name in narrow:
-                part.wide += [wide[name]] if is_wide else []
-                part.narrow += [] if is_wide else [narrow[name]]
-                continue
-            scratch = self._ignored.get(name)
-            if scratch is None or len(scratch) < rows:
-                scratch = self._ignored[name] = np.empty((rows, *spec.shape), spec.dtype)
-            lone = RowViews({name: scratch})
-            part.wide += lone.wide
-            part.narrow += lone.narrow
-        self._target, self._stored = target, part
+    def _stored(self, target: RowViews) -> RowViews:
+        """The columns of `target` that the segment has, in its order; columns nobody wants go into scratch."""
+        known = self._parts.get(id(target))
+        if known is not None and known[0] is target:
+            return known[1]
+        columns = {
+            name: target.columns[name]
+            if name in target.columns
+            else np.empty((target.rows, *spec.shape), spec.dtype)
+            for name, spec in self._found.all.items()
+        }
+        if len(self._parts) >= MAX_TARGETS:
+            self._parts.clear()
+        part = RowViews(columns)
+        self._parts[id(target)] = target, part
         return part

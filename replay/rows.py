@@ -28,11 +28,12 @@ class RowViews:
     Slices, never fancy indices: on mapped memory those cost thirteen times as much.
     """
 
-    __slots__ = ("_tables", "addresses", "narrow", "nbytes", "rows", "sizes", "wide")
+    __slots__ = ("_tables", "addresses", "columns", "narrow", "nbytes", "rows", "sizes", "wide")
 
     def __init__(self, columns: Mapping[str, NDArray[Any]]) -> None:
         """The arrays must be contiguous and of equal length."""
         sizes = {name: a.itemsize * int(np.prod(a.shape[1:], dtype=np.int64)) for name, a in columns.items()}
+        self.columns = dict(columns)
         self.rows = min((len(a) for a in columns.values()), default=0)
         self.sizes = tuple(sizes.values())
         self._tables = (
@@ -89,6 +90,30 @@ class Home(Protocol):
 
     def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:
         """Overwrite rows of an overlay column by `values` [rows, ...]; return how many: 0 when read-only."""
+        ...
+
+
+class SegmentHome(Home, Protocol):
+    """One segment in some tier; row r of slot s is row s * slot_rows + r of the home."""
+
+    @property
+    def slot_rows(self) -> int:
+        """Rows of one slot (T)."""
+        ...
+
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """Actor, env and first position of each slot [S, 3]; -1 when free."""
+        ...
+
+    @property
+    def committed(self) -> NDArray[np.int64]:
+        """Complete rows of each slot [S]; grows under a mapped segment that is being filled."""
+        ...
+
+    @property
+    def distant(self) -> bool:
+        """As ShardView: copies may wait for a disk, the network, a decoder."""
         ...
 
 
