@@ -53,7 +53,7 @@ def check_settings(config: RunConfig, env_spec: EnvSpec) -> TableSpec:
     Raises: ConfigError for settings that do not fit together, PreflightError for an absent device.
     """
     from replay.reader import check_fits
-    from replay.segment import choose_geometry
+    from replay.geometry import choose_geometry
 
     table = table_spec(config, env_spec)
     security(config)

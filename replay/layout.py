@@ -2,11 +2,15 @@
 
 <root>/table.json                      the schema, written once
 <root>/shard-0000/shard.json           geometry and capacity of this shard
-<root>/shard-0000/ledger.json          epoch, what was evicted, cursor of every stream
+<root>/shard-0000/ledger.json          epoch, what was evicted, cursor of every stream; ledger.copy.json again
 <root>/shard-0000/catalog.bin          live counters, mapped by readers (`replay.catalog`)
 <root>/shard-0000/shard.lock           held by the one owning process
 <root>/shard-0000/00000012-e0003.zarr  segment 12, made in the shard's third life
 <root>/shard-0000/00000012-e0003.overlay.zarr   its mutable columns
+<root>/shard-0000/00000011-e0003.cold.zarr   a compressed segment, <...>.far.json one in an object store
+<root>/shard-0000/verified.json        segments that may be read, as their owner found them
+<root>/shard-0000/quarantine/          damaged segments, each <name>-<reason>
+<root>/shard-0000/from-0001/           segments adopted from shard 1, same names; rows keep their identity
 <root>/shard-0000/.scratch/            unfinished and evicted segments; emptied when the owner opens
 """
 
@@ -18,17 +22,41 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from system.errors import IntegrityError, PreflightError, SchemaError
 from system.specs import TableSpec
 
-FORMAT = 1
+FORMAT = 2
 """Version of everything this package writes to disk."""
-SEGMENT_NAME = re.compile(r"(\d{8})-e(\d{4,})\.zarr")
+SEGMENT_NAME = re.compile(r"(\d{8})-e(\d{4,})(\.zarr|\.cold\.zarr|\.far\.json)")
 SHARD_NAME = re.compile(r"shard-(\d{4,})")
+ADOPTED_NAME = re.compile(r"from-(\d{4,})")
 SCRATCH = ".scratch"
+QUARANTINE = "quarantine"
+VERIFIED = "verified.json"
+
+Tier = Literal["raw", "cold", "far"]
+SUFFIXES: dict[Tier, str] = {"raw": ".zarr", "cold": ".cold.zarr", "far": ".far.json"}
+"""How a segment's name ends in each tier, the most local tier first: when two lie there, it wins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSegment:
+    """A published segment as its name tells. Made by `stored_segments`."""
+
+    path: Path
+    number: int
+    epoch: int
+    tier: Tier
+    origin: int  # the shard its rows were appended to
+
+    @property
+    def stem(self) -> str:
+        """What is common to the names of all tiers."""
+        return self.path.name.removesuffix(SUFFIXES[self.tier])
 
 
 def shard_dir(root: Path, index: int) -> Path:
@@ -49,14 +77,49 @@ def segment_name(number: int, epoch: int) -> str:
     return f"{number:08d}-e{epoch:04d}.zarr"
 
 
+def tier_path(segment: Path, tier: Tier) -> Path:
+    """Where the same segment lies in another tier."""
+    return segment.with_name(segment.name.split(".")[0] + SUFFIXES[tier])
+
+
 def overlay_path(segment: Path) -> Path:
-    return segment.with_name(segment.name.removesuffix(".zarr") + ".overlay.zarr")
+    """The mutable columns of a segment, the same for all its tiers."""
+    return segment.with_name(segment.name.split(".")[0] + ".overlay.zarr")
 
 
 def segment_paths(directory: Path) -> dict[int, Path]:
-    """Published segments of one shard directory by number, ascending."""
-    found = ((SEGMENT_NAME.fullmatch(path.name), path) for path in directory.iterdir())
+    """Published raw segments of one shard directory by number, ascending."""
+    return {s.number: s.path for s in stored_segments(directory) if s.tier == "raw"}
+
+
+def stored_segments(directory: Path, origin: int = 0) -> list[StoredSegment]:
+    """Published segments of all tiers in one directory, by number, epoch, then the most local tier first."""
+    tiers: dict[str, Tier] = {suffix: tier for tier, suffix in SUFFIXES.items()}
+    found = [
+        StoredSegment(
+            path=path, number=int(match[1]), epoch=int(match[2]), tier=tiers[match[3]], origin=origin
+        )
+        for path in directory.iterdir()
+        if (match := SEGMENT_NAME.fullmatch(path.name))
+    ]
+    order = list(SUFFIXES)
+    return sorted(found, key=lambda s: (s.number, s.epoch, order.index(s.tier)))
+
+
+def adopted_dirs(directory: Path) -> dict[int, Path]:
+    """Directories of segments that a shard adopted, by the shard their rows come from."""
+    found = ((ADOPTED_NAME.fullmatch(path.name), path) for path in directory.iterdir())
     return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def read_verified(directory: Path) -> frozenset[str] | None:
+    """Names of the segments that the owner of a shard vouches for; None when it left no readable word."""
+    try:
+        value = read_json(directory / VERIFIED)
+    except IntegrityError:
+        return None
+    names = value.get("segments") if value else None
+    return frozenset(map(str, names)) if isinstance(names, list) else None
 
 
 def make_dir(path: Path) -> None:
@@ -112,8 +175,8 @@ def _broken(path: Path, why: str) -> IntegrityError:
     )
 
 
-def open_table(root: Path, table: TableSpec) -> None:
-    """Make `root` a table of this schema, or check that it already is one.
+def open_table(root: Path, table: TableSpec) -> str:
+    """Make `root` a table of this schema, or check that it already is one; return the replay's id.
 
     Raises: SchemaError when it holds another schema or format; IntegrityError when table.json is
     damaged; PreflightError when it cannot be read or written.
@@ -122,6 +185,7 @@ def open_table(root: Path, table: TableSpec) -> None:
     path = root / "table.json"
     if not path.exists():
         value = {"format": FORMAT, "digest": table.digest, "table": table.to_json()}
+        value["replay"] = os.urandom(8).hex()
         draft = root / f".table-{os.getpid()}-{os.urandom(4).hex()}"
         write_json(draft, value)
         try:
@@ -132,11 +196,11 @@ def open_table(root: Path, table: TableSpec) -> None:
             raise PreflightError(f"cannot write {path} ({error.strerror}); fix the replay root") from error
         finally:
             draft.unlink(missing_ok=True)
-    check_table(root, table)
+    return check_table(root, table)
 
 
-def check_table(root: Path, table: TableSpec) -> None:
-    """Raises as `open_table`; ConfigError-like SchemaError when there is no table at all."""
+def check_table(root: Path, table: TableSpec) -> str:
+    """Return the replay's id. Raises as `open_table`; SchemaError when there is no table at all."""
     path = root / "table.json"
     value = read_json(path)
     if value is None:
@@ -157,6 +221,7 @@ def check_table(root: Path, table: TableSpec) -> None:
             f"replay at {root} has schema {found.digest[:12]} but this run needs {table.digest[:12]} "
             f"({_difference(found, table)}); choose another replay root or run with the settings that made it"
         )
+    return str(value.get("replay", ""))
 
 
 def _difference(found: TableSpec, wanted: TableSpec) -> str:
@@ -206,23 +271,27 @@ def sweep(directory: Path) -> None:
     if scratch.exists():
         shutil.rmtree(scratch)
     make_dir(scratch)
-    kept = {path.name for path in segment_paths(directory).values()}
+    kept = {segment.stem for segment in stored_segments(directory)}
     for entry in list(directory.glob("*.overlay.zarr")):
-        if entry.name.replace(".overlay.zarr", ".zarr") not in kept:
+        if entry.name.removesuffix(".overlay.zarr") not in kept:
             shutil.rmtree(entry)
 
 
-def discard(directory: Path, segment: Path) -> list[Path]:
+def discard(directory: Path, segment: Path, *, overlay: bool = True) -> list[Path]:
     """Take a published segment and its overlay out of sight; maps that readers hold stay valid.
 
     Returns what now waits in the scratch directory to be deleted.
     """
     scratch = directory / SCRATCH
-    present = [path for path in (segment, overlay_path(segment)) if path.exists()]
+    wanted = (segment, overlay_path(segment)) if overlay else (segment,)
+    present = [path for path in wanted if path.exists()]
     return [path.rename(scratch / f"evicted-{os.urandom(4).hex()}") for path in present]
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Delete directories, whatever of them exists."""
+    """Delete directories and files, whatever of them exists."""
     for path in paths:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -94,13 +94,8 @@ class SegmentLog:
         self._make_room(count)
         if key not in self._tails:  # its slot went with an evicted segment
             return self.append(stream, columns, start, stop, timeout)
-        source, target = slice(start, start + count), slice(tail.used, tail.used + count)
-        for arrays in (tail.segment.columns, tail.segment.overlay):
-            for name, array in arrays.items():
-                array[tail.slot, target] = columns[name][source]
-        # Readers load the counter before the rows. x86-64 keeps the order of these stores.
+        tail.segment.append(tail.slot, tail.used, columns, start, start + count)
         tail.used += count
-        tail.segment.committed[tail.slot] = tail.used
         self._entries[tail.segment.number].rows += count
         self.rows += count
         self.cursors[key] = Cursor.after(columns, start + count - 1, tail.start + tail.used)

@@ -5,6 +5,7 @@ no codec and so a known size: the shard index and its crc32c are written before 
 plain C order, and the file is the array itself followed by the index. `committed` [S] says how many
 rows of each slot exist and is written last; rows behind it are undefined. `_slots` [S, 3] names
 the run of rows in each slot: actor, env, position of its first row in the stream; -1 when free.
+`_check` holds the checksums of the appends, or of overlay rows (`replay.checks`).
 Overlay columns lie in a sibling group of the same layout, because they may change after the commit.
 Live segments are read-only for other programs: a foreign writer would replace the mapped files.
 """
@@ -17,7 +18,6 @@ import mmap
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,62 +29,25 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from replay import layout
-from system.errors import ConfigError, IntegrityError, PreflightError, SchemaError
+from replay.checks import CHECK, AppendCheck, OverlayCheck
+from replay.geometry import CHUNK_ROWS, Geometry
+from system.errors import IntegrityError, PreflightError, SchemaError
+from system.experience import Columns
 from system.specs import ArraySpec, TableSpec
 
-CHUNK_ROWS = 64
-"""Rows of one inner chunk: the unit foreign readers fetch, and of compression once sealed."""
-TARGET_BYTES = 128 << 20
-MAX_SLOT_ROWS = 1024
-SLOTS_PER_SEGMENT = 16
 POPULATE_STEP = 4 << 20
 MADV_POPULATE_WRITE = 23  # Linux 5.14; Python 3.11 has no name for it
 
 Arrays = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
-    """S slots of T rows. A slot holds one run of consecutive rows of one stream."""
-
-    slots: int
-    rows: int
-
-    @property
-    def total(self) -> int:
-        return self.slots * self.rows
-
-
-def choose_geometry(row_nbytes: int, capacity_rows: int, segment_rows: int | None = None) -> Geometry:
-    """Slots and rows of a segment near 128 MiB, within an eighth of the capacity but >= 64 rows.
-
-    `segment_rows` fixes the rows of a whole segment instead.
-    Raises: ConfigError when the capacity is below two segments of 64 rows or segment_rows is no
-    multiple of 64 within half the capacity.
-    """
-    if capacity_rows < 2 * CHUNK_ROWS:
-        raise ConfigError(
-            f"replay capacity of one shard ({capacity_rows} rows) must be >= {2 * CHUNK_ROWS}; raise it"
-        )
-    total = segment_rows
-    if total is None:
-        total = min(TARGET_BYTES // max(row_nbytes, 1), capacity_rows // 8)
-        total = max(CHUNK_ROWS, total // CHUNK_ROWS * CHUNK_ROWS)
-    elif total < CHUNK_ROWS or total % CHUNK_ROWS or total > capacity_rows // 2:
-        raise ConfigError(
-            f"segment_rows ({total}) must be a multiple of {CHUNK_ROWS} and <= capacity_rows / 2 "
-            f"({capacity_rows // 2}); change either"
-        )
-    rows = min(MAX_SLOT_ROWS, total // SLOTS_PER_SEGMENT) // CHUNK_ROWS * CHUNK_ROWS
-    rows = max(CHUNK_ROWS, rows)
-    return Geometry(slots=total // rows, rows=rows)
-
-
 class SegmentFormat:
     """Stamps segments of one table and geometry; the Zarr metadata is made once, by zarr itself."""
 
-    def __init__(self, table: TableSpec, geometry: Geometry) -> None:
+    def __init__(self, table: TableSpec, geometry: Geometry, replay_id: str = "") -> None:
+        """`replay_id` tells segments of this replay from those of others with the same schema."""
         self.table = table
+        self._replay_id = replay_id
         self.geometry = geometry
         for name, spec in table.all.items():
             if spec.nbytes == 0:
@@ -96,7 +59,8 @@ class SegmentFormat:
         self._indices = {
             name: shard_index(geometry, CHUNK_ROWS * spec.nbytes) for name, spec in table.all.items()
         }
-        data = geometry.total * table.row_nbytes
+        self._checks = AppendCheck(table), OverlayCheck(table.overlay)
+        data = geometry.total * (table.row_nbytes + 8 + (4 if table.overlay else 0))
         self.nbytes = data + sum(map(len, self._indices.values())) + 32 * geometry.slots
 
     def create(self, directory: Path, number: int, epoch: int, previous: int) -> Segment:
@@ -108,12 +72,14 @@ class SegmentFormat:
         attributes = {
             "format": layout.FORMAT,
             "schema": self.table.digest,
+            "replay": self._replay_id,
             "number": number,
             "epoch": epoch,
             "previous": previous,
             "slots": self.geometry.slots,
             "rows": self.geometry.rows,
             "slot_columns": ["actor", "env", "start"],
+            "table": self.table.to_json(),
         }
         draft = directory / layout.SCRATCH / name
         try:
@@ -153,6 +119,9 @@ class SegmentFormat:
             slots = self.geometry.slots
             _allocate(data_path(path, "committed", 1), 0, bytes(8 * slots))
             _allocate(data_path(path, "_slots", 2), 0, b"\xff" * (24 * slots))
+            _allocate(data_path(path, CHECK, 3), 8 * self.geometry.total, b"")
+        else:
+            _allocate(data_path(path, CHECK, 2), 4 * self.geometry.total, b"")
 
     def _data_nbytes(self, spec: ArraySpec) -> int:
         return self.geometry.total * spec.nbytes
@@ -189,11 +158,14 @@ def _documents(specs: Mapping[str, ArraySpec], geometry: Geometry, *, with_slots
             filters=None,
             fill_value=0,
         )
+    plain = [(CHECK, (slots, rows), "uint32")]
     if with_slots:
-        for name, shape in (("committed", (slots,)), ("_slots", (slots, 3))):
-            group.create_array(
-                name, shape=shape, chunks=shape, dtype="int64", compressors=None, filters=None, fill_value=0
-            )
+        plain = [("committed", (slots,), "int64"), ("_slots", (slots, 3), "int64")]
+        plain += [(CHECK, (slots, rows, 2), "uint32")]
+    for name, shape, dtype in plain:
+        group.create_array(
+            name, shape=shape, chunks=shape, dtype=dtype, compressors=None, filters=None, fill_value=0
+        )
     return {key: value.to_bytes() for key, value in found.items() if key.endswith("/zarr.json")}
 
 
@@ -223,6 +195,8 @@ class Segment:
     def __init__(
         self, path: Path, table: TableSpec, geometry: Geometry, *, number: int, writable: bool
     ) -> None:
+        self._append_check = AppendCheck(table)
+        self._overlay_check = OverlayCheck(table.overlay)
         self.path = path
         self.number = number
         self.geometry = geometry
@@ -239,6 +213,13 @@ class Segment:
         triple = ArraySpec(shape=(3,), dtype="int64")
         self.committed = self._array(path, "committed", counter, lead[:1], writable)
         self.slots = self._array(path, "_slots", triple, lead[:1], writable)
+        pair, word = (ArraySpec(shape=shape, dtype="uint32") for shape in ((2,), ()))
+        self.check = self._array(path, CHECK, pair, lead, writable, indexed=False)  # [S, T, 2]
+        self.overlay_check = (  # [S, T]
+            self._array(beside, CHECK, word, lead, True, indexed=False)
+            if table.overlay
+            else np.broadcast_to(np.uint32(0), lead)
+        )
 
     @classmethod
     def open(cls, path: Path, table: TableSpec, *, writable: bool = False) -> Segment:
@@ -266,12 +247,19 @@ class Segment:
         return cls(path, table, geometry, number=number, writable=writable)
 
     def _array(
-        self, group: Path, name: str, spec: ArraySpec, lead: tuple[int, ...], writable: bool
+        self,
+        group: Path,
+        name: str,
+        spec: ArraySpec,
+        lead: tuple[int, ...],
+        writable: bool,
+        *,
+        indexed: bool = True,
     ) -> NDArray[Any]:
         shape = lead + spec.shape
         path = data_path(group, name, len(shape))
         data = math.prod(lead) * spec.nbytes
-        tail = math.prod(lead) // CHUNK_ROWS * 16 + 4 if len(lead) == 2 else 0
+        tail = math.prod(lead) // CHUNK_ROWS * 16 + 4 if indexed and len(lead) == 2 else 0
         try:
             handle = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         except OSError as error:
@@ -291,6 +279,45 @@ class Segment:
             os.close(handle)
         self._maps.append(mapped)
         return np.frombuffer(mapped, spec.dtype, data // np.dtype(spec.dtype).itemsize).reshape(shape)
+
+    def append(self, slot: int, at: int, columns: Columns, start: int, stop: int) -> None:
+        """Store rows start .. stop - 1 of `columns` [T, ...] from row `at` of a slot on and commit them.
+
+        Data first, then the checksums, the commit word last.
+        """
+        end = at + stop - start
+        for arrays in (self.columns, self.overlay):
+            for name, array in arrays.items():
+                array[slot, at:end] = columns[name][start:stop]
+        if self.overlay:
+            self.overlay_check[slot, at:end] = self._overlay_check.of(columns, start, stop)
+        self.check[slot, end - 1] = (self._append_check.of(columns, start, stop), stop - start)
+        # Readers load the counter before the rows. x86-64 keeps the order of these stores.
+        self.committed[slot] = end
+
+    def check_overlay(self, first: int, count: int) -> None:
+        """Renew the checksums of overlay rows first .. first + count - 1 (counted over all slots)."""
+        flat = {name: a.reshape(-1, *a.shape[2:]) for name, a in self.overlay.items()}
+        self.overlay_check.reshape(-1)[first : first + count] = self._overlay_check.of(
+            flat, first, first + count
+        )
+
+    def good_rows(self, slot: int) -> int:
+        """Committed rows of a slot that their checksums confirm, counted from its first row on."""
+        columns = {name: array[slot] for name, array in self.columns.items()}
+        return self._append_check.good_rows(columns, self.check[slot], int(self.committed[slot]))
+
+    def mend_overlay(self) -> int:
+        """Reset committed overlay rows whose checksum fails to zeros, the initial latents; say how many."""
+        mended = 0
+        for slot, used in enumerate(self.committed.tolist() if self.overlay else ()):
+            columns = {name: array[slot] for name, array in self.overlay.items()}
+            bad = np.flatnonzero(self._overlay_check.of(columns, 0, used) != self.overlay_check[slot, :used])
+            for array in columns.values():
+                array[bad] = 0
+            self.overlay_check[slot, bad] = 0
+            mended += len(bad)
+        return mended
 
     def groups(self) -> tuple[tuple[Path, Arrays], ...]:
         """The Zarr groups on disk, each with its columns [S, T, ...]."""

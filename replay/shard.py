@@ -18,7 +18,8 @@ from replay import layout
 from replay.admission import check_chunk, rows_known, stream_key
 from replay.credits import UNLIMITED
 from replay.log import SegmentLog
-from replay.segment import SegmentFormat, allow_many_files, choose_geometry
+from replay.geometry import choose_geometry
+from replay.segment import SegmentFormat, allow_many_files
 from system.errors import DeadlineError, PreflightError, RejectedError
 from system.experience import Ack, Chunk
 from system.metrics import Metrics
@@ -78,18 +79,19 @@ class ReplayShard:
         Raises: ConfigError, SchemaError, PreflightError, IntegrityError, each naming what to do.
         """
         geometry = choose_geometry(table.row_nbytes, capacity_rows, segment_rows)
-        layout.open_table(root, table)
+        replay_id = layout.open_table(root, table)
         directory = layout.shard_dir(root, index)
         layout.make_dir(directory)
         allow_many_files()
         self.index = index
         self.table = table
+        self.directory = directory
         self._lock_file = layout.take_lock(directory)
         try:
             about = {"format": layout.FORMAT, "index": index, "capacity_rows": capacity_rows}
             about |= {"slots": geometry.slots, "rows": geometry.rows}
             layout.write_json(directory / "shard.json", about)
-            self._log = SegmentLog(directory, SegmentFormat(table, geometry), capacity_rows)
+            self._log = SegmentLog(directory, SegmentFormat(table, geometry, replay_id), capacity_rows)
         except BaseException:
             self._lock_file.close()
             raise

@@ -58,7 +58,7 @@ def test_a_tampered_schema_is_an_integrity_error(tmp_path: Path) -> None:
 def test_a_format_from_the_future_is_refused(tmp_path: Path) -> None:
     layout.open_table(tmp_path, TABLE)
     text = (tmp_path / "table.json").read_text()
-    (tmp_path / "table.json").write_text(text.replace('"format": 1', '"format": 99'))
+    (tmp_path / "table.json").write_text(text.replace('"format": 2', '"format": 99'))
     with pytest.raises(SchemaError, match="format 99"):
         layout.open_table(tmp_path, TABLE)
 

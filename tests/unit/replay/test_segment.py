@@ -8,7 +8,7 @@ import tensorstore
 import zarr
 
 from replay import layout, synthetic
-from replay.segment import CHUNK_ROWS, TARGET_BYTES, choose_geometry
+from replay.geometry import CHUNK_ROWS, TARGET_BYTES, choose_geometry
 from replay.shard import ReplayShard
 from system.experience import StreamId
 from system.specs import TableSpec
@@ -58,8 +58,8 @@ def test_foreign_readers_see_exactly_the_committed_rows_of_a_live_segment(
         for path in stored(layout.shard_dir(tmp_path, 0)):
             group = zarr.open_group(path, mode="r")
             overlay = zarr.open_group(layout.overlay_path(path), mode="r")
-            assert set(group.array_keys()) == set(table.columns) | {"committed", "_slots"}
-            assert set(overlay.array_keys()) == set(table.overlay)
+            assert set(group.array_keys()) == set(table.columns) | {"committed", "_slots", "_check"}
+            assert set(overlay.array_keys()) == set(table.overlay) | {"_check"}
             for slot, rows in enumerate(group["committed"][:]):
                 if rows == 0:
                     continue
@@ -74,7 +74,7 @@ def test_foreign_readers_see_exactly_the_committed_rows_of_a_live_segment(
         assert seen == sent
     for path in stored(layout.shard_dir(tmp_path, 0)):
         ours = zarr.open_group(path, mode="r")
-        for name in (*table.columns, "committed", "_slots"):
+        for name in (*table.columns, "committed", "_slots", "_check"):
             np.testing.assert_array_equal(by_tensorstore(path / name), ours[name][...])
     shard.close()
 

@@ -1,0 +1,93 @@
+"""Checksums of rows: crc32c over every append, kept beside the rows and stored before the commit word.
+
+`_check` [S, T, 2] of a segment holds, at the last row of an append, (crc32c of its bytes, its rows): every
+committed row is covered from the moment it is committed. Overlay columns change row by row, so each row has
+a checksum of its own, made by numpy for many rows at once.
+
+Order of the bytes: columns of <= 256 bytes per row by name, then the wider ones by name; each column's rows
+follow each other. It depends on the schema alone, not on the order in which somebody lists it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from system.specs import ArraySpec, TableSpec
+
+NARROW_NBYTES = 256
+CHECK = "_check"
+"""Name of the checksum array, in a segment and in its overlay."""
+
+
+class AppendCheck:
+    """crc32c over rows of the immutable columns of one table."""
+
+    def __init__(self, table: TableSpec) -> None:
+        specs = table.columns
+        self._narrow = sorted(name for name, spec in specs.items() if spec.nbytes <= NARROW_NBYTES)
+        self._wide = sorted(name for name, spec in specs.items() if spec.nbytes > NARROW_NBYTES)
+
+    def of(self, columns: Mapping[str, NDArray[Any]], start: int, stop: int) -> int:
+        """crc32c of rows start .. stop - 1 of `columns` [T, ...]."""
+        narrow = b"".join([columns[name][start:stop].tobytes() for name in self._narrow])
+        crc = int(google_crc32c.value(narrow))
+        for name in self._wide:  # without a copy where the rows are contiguous, as they are in segments
+            rows = np.ascontiguousarray(columns[name][start:stop])
+            crc = int(google_crc32c.extend(crc, rows.reshape(-1).view(np.uint8)))
+        return crc
+
+    def good_rows(
+        self, columns: Mapping[str, NDArray[Any]], check: NDArray[np.uint32], committed: int
+    ) -> int:
+        """Rows of one slot, from its first on, whose checksums hold: `committed` when nothing is damaged.
+
+        Walks the appends backwards from the commit word; an append whose bytes changed, or whose count
+        leads nowhere, costs itself and what follows it. Shapes: columns [T, ...], check [T, 2].
+        """
+        stop = good = min(committed, len(check))
+        while stop > 0:
+            crc, count = check[stop - 1].tolist()
+            if not 0 < count <= stop:  # the word itself is lost: go on at the append before it
+                before = np.flatnonzero(check[: stop - 1, 1])
+                good = stop = int(before[-1]) + 1 if len(before) else 0
+                continue
+            if self.of(columns, stop - count, stop) != crc:
+                good = stop - count
+            stop -= count
+        return good
+
+
+class OverlayCheck:
+    """A checksum per row over the overlay columns of one table; rows of zeros have checksum 0.
+
+    sum of w_i x_i modulo 2^32 over the row's 32-bit words, all w_i odd: any change within one word shows.
+    """
+
+    def __init__(self, overlay: Mapping[str, ArraySpec]) -> None:
+        weights = np.random.default_rng(0x0DDC0DE)
+        self._weights: dict[str, NDArray[np.uint32]] = {
+            name: weights.integers(0, 1 << 31, -(-overlay[name].nbytes // 4), dtype=np.uint32) * 2 + 1
+            for name in sorted(overlay)
+        }
+
+    def of(self, columns: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.uint32]:
+        """Checksums [n] of rows start .. stop - 1 of `columns` [T, ...]."""
+        total = np.zeros(stop - start, np.uint32)
+        for name, weights in self._weights.items():
+            rows = np.ascontiguousarray(columns[name][start:stop])
+            octets = rows.view(np.uint8).reshape(len(rows), -1) if rows.ndim > 1 else _octets(rows)
+            if octets.shape[1] % 4:
+                padded = np.zeros((len(rows), 4 * len(weights)), np.uint8)
+                padded[:, : octets.shape[1]] = octets
+                octets = padded
+            total += octets.view("<u4") @ weights  # wraps modulo 2^32
+        return total
+
+
+def _octets(rows: NDArray[Any]) -> NDArray[np.uint8]:
+    return rows.view(np.uint8).reshape(len(rows), rows.itemsize)
