@@ -103,7 +103,7 @@ class EvolvedHome:
         return self._home.write_overlay(name, first, values) if name in self._found.overlay else 0
 
     def _stored(self, target: RowViews) -> RowViews:
-        """The columns of `target` that the segment has, in its order; columns nobody wants go into scratch."""
+        """The columns of `target` that the segment has, in its order; those nobody wants go into scratch."""
         known = self._parts.get(id(target))
         if known is not None and known[0] is target:
             return known[1]
