@@ -1,66 +1,38 @@
 """Schema evolution: rows of an older schema read as rows of a newer one, without touching what is stored.
 
-A column only the newer schema has reads as its default; one only the older schema has is ignored; a changed
-dtype or shape is refused with the command that makes a new table (`replay.datasets.migrate`). Every segment
-carries the schema it was written under. Used where segments are opened (`replay.segment`, `replay.follow`).
+A column only the newer schema has reads as its default; one only the older schema has is ignored
+(`replay.schema`). Wraps what opens segments of any tier (`replay.follow`) for views that ask for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from replay.rows import RowViews
-from system.errors import SchemaError
+from replay.schema import check_readable
 from system.specs import ACTION_MASK, ArraySpec, TableSpec
 
 if TYPE_CHECKING:
-    from replay.follow import SegmentHome
+    from replay.follow import OpenSegment, SegmentHome
 
 MAX_TARGETS = 32
 """Batches a reader copies into in turn; for each the columns of the older schema are picked once."""
 
 
-def obstacles(found: TableSpec, wanted: TableSpec) -> Iterator[tuple[str, str]]:
-    """(column, why) for each column that keeps rows of schema `found` from being read as `wanted`."""
-    for name, spec in wanted.all.items():
-        there = found.all.get(name)
-        if there is not None:
-            same = (there.shape, there.dtype) == (spec.shape, spec.dtype)
-            fits = there.kind == spec.kind and there.classes <= spec.classes
-            if not same or not (fits or (not there.classes and not spec.classes)):
-                shown = (
-                    f"{s.dtype}{list(s.shape)} {s.kind} {s.classes or ''}".strip() for s in (there, spec)
-                )
-                yield name, "stored as {}, wanted as {}".format(*shown)
-        elif not has_default(name, spec, wanted):
-            yield name, "not stored, and without a default"
+def evolving(openers: Mapping[str, OpenSegment], found: TableSpec) -> dict[str, OpenSegment]:
+    """Openers whose segments were written under schema `found` and are read under the one asked for."""
+    return {ending: partial(_open, opener, found) for ending, opener in openers.items()}
 
 
-def has_default(name: str, spec: ArraySpec, wanted: TableSpec) -> bool:
-    """Overlay columns begin as zeros; unknown actions are zeros where a mask says that they are unknown."""
-    known = spec.default is not None or name in wanted.overlay or name == ACTION_MASK
-    return known or (name == "action" and ACTION_MASK in wanted.columns)
-
-
-def check_readable(where: str, found: TableSpec, wanted: TableSpec) -> None:
-    """Raises: SchemaError naming every column in the way and the command that migrates."""
-    problems = list(obstacles(found, wanted))
-    if not problems:
-        return
-    listed = "; ".join(f"column {name} {why}" for name, why in problems)
-    changed = [f"--cast {n}={wanted.all[n].dtype}" for n, why in problems if why.startswith("stored")]
-    missing = [f"--fill {n}=VALUE" for n, why in problems if not why.startswith("stored")]
-    raise SchemaError(
-        f"replay at {where} has schema {found.digest[:12]} but this run needs {wanted.digest[:12]} "
-        f"({listed}); "
-        f"make a table that fits with `dreamfleet replay migrate {where} NEW "
-        f"{' '.join(changed + missing)}`, choose "
-        "another replay root, or run with the settings that made it"
-    )
+def _open(opener: OpenSegment, found: TableSpec, path: Path, wanted: TableSpec) -> SegmentHome:
+    home = opener(path, found)
+    return home if found.digest == wanted.digest else EvolvedHome(home, found, wanted)
 
 
 def default_row(name: str, spec: ArraySpec, found: TableSpec) -> NDArray[Any]:
@@ -83,10 +55,25 @@ class EvolvedHome:
         }
         self._parts: dict[int, tuple[RowViews, RowViews]] = {}  # by id of a target: it, and what is stored
 
-    slot_rows = property(lambda self: self._home.slot_rows)
-    slots = property(lambda self: self._home.slots)
-    committed = property(lambda self: self._home.committed)
-    distant = property(lambda self: self._home.distant)
+    @property
+    def slot_rows(self) -> int:
+        """As SegmentHome."""
+        return self._home.slot_rows
+
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """As SegmentHome."""
+        return self._home.slots
+
+    @property
+    def committed(self) -> NDArray[np.int64]:
+        """As SegmentHome."""
+        return self._home.committed
+
+    @property
+    def distant(self) -> bool:
+        """As ShardView."""
+        return self._home.distant
 
     def copy_rows(self, target: RowViews, at: int, first: int, count: int) -> None:
         """As Home."""

@@ -1,0 +1,52 @@
+"""Whether rows of one schema can be read under another: pure rules, applied by `replay.evolve`.
+
+A column only the newer schema has must have a default; one only the older has is ignored; a changed dtype or
+shape needs a new table (`replay.datasets.migrate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from system.errors import SchemaError
+from system.specs import ACTION_MASK, ArraySpec, TableSpec
+
+
+def obstacles(found: TableSpec, wanted: TableSpec) -> Iterator[tuple[str, str]]:
+    """(column, why) for each column that keeps rows of schema `found` from being read as `wanted`."""
+    for name, spec in wanted.all.items():
+        there = found.all.get(name)
+        if there is not None:
+            same = (there.shape, there.dtype) == (spec.shape, spec.dtype)
+            fits = there.kind == spec.kind and there.classes <= spec.classes
+            if not same or not (fits or (not there.classes and not spec.classes)):
+                shown = (
+                    f"{s.dtype}{list(s.shape)} {s.kind} {s.classes or ''}".strip() for s in (there, spec)
+                )
+                yield name, "stored as {}, wanted as {}".format(*shown)
+        elif not has_default(name, spec, wanted):
+            yield name, "not stored, and without a default"
+
+
+def has_default(name: str, spec: ArraySpec, wanted: TableSpec) -> bool:
+    """Overlay columns begin as zeros; unknown actions are zeros where a mask says that they are unknown."""
+    known = spec.default is not None or name in wanted.overlay or name == ACTION_MASK
+    return known or (name == "action" and ACTION_MASK in wanted.columns)
+
+
+def check_readable(where: str | Path, found: TableSpec, wanted: TableSpec) -> None:
+    """Raises: SchemaError naming every column in the way and the command that migrates."""
+    problems = list(obstacles(found, wanted))
+    if not problems:
+        return
+    listed = "; ".join(f"column {name} {why}" for name, why in problems)
+    changed = [f"--cast {n}={wanted.all[n].dtype}" for n, why in problems if why.startswith("stored")]
+    missing = [f"--fill {n}=VALUE" for n, why in problems if not why.startswith("stored")]
+    raise SchemaError(
+        f"replay at {where} has schema {found.digest[:12]} but this run needs {wanted.digest[:12]} "
+        f"({listed}); "
+        f"make a table that fits with `dreamfleet replay migrate {where} NEW "
+        f"{' '.join(changed + missing)}`, choose "
+        "another replay root, or run with the settings that made it"
+    )
