@@ -2,7 +2,7 @@
 
 Readers belong to one thread. With depth > 0 that is the thread here: it draws, it writes overlay rows back
 between draws, and it keeps the reader's grants flowing while the learner is busy. With depth 0 all of
-it happens in the caller, in program order: what exact mode needs.
+it happens in the caller, in program order.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from learner.carrier_state import sequence_of, state_of, write_back_of
 from system.errors import DeadlineError
 from system.experience import Sequence, WriteBack
 from system.interfaces import ReplayReader
 
+Taken = TypeVar("Taken")
 POLL_SECONDS = 0.2
 """Longest single wait of the drawing thread: write-backs and stop() wait no longer."""
 IDLE_SECONDS = 0.02
@@ -31,21 +33,31 @@ class Batches:
     """Up to `depth` batches drawn ahead; next() waits at most `timeout` seconds.
 
     `ring` is how many batches the reader keeps valid at a time. Below depth + 2 (queued, being drawn, in
-    use) they are copied into buffers of our own. The thread starts at the first next(), so a reader's
-    state must be loaded before.
+    use) they are copied into buffers of our own. The thread starts at the first next(), so a state must be
+    loaded before.
+
+    With `exact` the outcome does not depend on who is faster: rows that came back from a batch are written
+    right before the draw depth + 1 later, and a state holds the batches drawn ahead.
     """
 
-    def __init__(self, reader: ReplayReader, depth: int, timeout: float, *, ring: int = 1) -> None:
+    def __init__(
+        self, reader: ReplayReader, depth: int, timeout: float, *, ring: int = 1, exact: bool = False
+    ) -> None:
         assert depth >= 0, depth
         assert timeout > 0, timeout
         self._reader, self._depth, self._timeout = reader, depth, timeout
+        self._exact = exact and depth > 0
         self._copies = _Ring(depth + 2) if depth and ring < depth + 2 else None
         self._pump: Callable[[], None] | None = getattr(
             reader, "pump", None
         )  # only governing readers have one
         self._changed = threading.Condition()
-        self._drawn: deque[tuple[Sequence, dict[str, Any]]] = deque()
-        self._write_backs: deque[WriteBack] = deque()
+        self._drawn: deque[tuple[Sequence, dict[str, Any] | None]] = deque()
+        self._write_backs: deque[tuple[int, WriteBack]] = deque()  # number of the batch, what came back
+        self._taken = 0  # batches next() returned
+        self._draws = 0
+        self._asked: Callable[[], Any] | None = None  # what to do between two draws
+        self._answer: _Answer | None = None
         self._state: dict[str, Any] | None = None
         self._error: Exception | None = None
         self._why = ""
@@ -58,9 +70,7 @@ class Batches:
         Raises: DeadlineError when none came in time (ask again if you wish), or what the reader raised.
         """
         if self._depth == 0:
-            sequence = self._reader.sample(self._timeout)
-            self._state = self._reader.state()
-            return sequence
+            return self._reader.sample(self._timeout)
         self._start()
         deadline = time.monotonic() + self._timeout
         with self._changed:
@@ -71,11 +81,12 @@ class Batches:
                         f"no batch within {self._timeout:g} s: {self._why or 'the reader is still drawing'}"
                     )
             sequence, self._state = self._drawn.popleft()
+            self._taken += 1
             self._changed.notify_all()
         return sequence
 
     def write_back(self, rows: WriteBack) -> None:
-        """Hand overlay rows to the reader; with depth > 0 they are written before the next draw.
+        """Hand overlay rows to the reader; with depth > 0 they are written before a later draw.
 
         Raises: what the reader raised, also for earlier rows; DeadlineError when it takes none in time.
         """
@@ -89,15 +100,50 @@ class Batches:
                 raise DeadlineError(
                     f"{len(self._write_backs)} write-backs wait for the replay reader; see its log"
                 )
-            self._write_backs.append(rows)
+            self._write_backs.append((self._taken, rows))
             self._changed.notify_all()
 
     def state(self) -> dict[str, Any]:
-        """The reader's state as of the last batch next() returned; later ones will be drawn again."""
+        """What must be loaded for the batches after the last one that next() returned to follow again.
+
+        They are drawn again, or, with `exact`, part of the state. Raises: DeadlineError.
+        """
+        return self.snapshot(_nothing)[0]
+
+    def snapshot(self, take: Callable[[], Taken]) -> tuple[dict[str, Any], Taken]:
+        """The state, and what take() returns while nobody draws or writes back (only then with `exact`).
+
+        Raises: what take() or the reader raised; DeadlineError.
+        """
+        if self._depth == 0:
+            return self._reader.state(), take()
+        if not self._exact:
+            with self._changed:
+                if self._state is None:
+                    self._state = self._reader.state()
+                state = self._state
+            return state, take()
+        if self._thread is None:
+            return self._whole_state(), take()
         with self._changed:
-            if self._state is None:
-                self._state = self._reader.state()
-            return self._state
+            self._asked = lambda: (self._whole_state(), take())
+            self._answer = None
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._answer or self._error or self._stopping, STOP_SECONDS)
+            self._asked, answer = None, self._answer
+            if answer is None:
+                self._raise_if_failed()
+                raise DeadlineError(f"the batch thread did not pause within {STOP_SECONDS:g} s; see its log")
+        return answer.result()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` returned, before the first next()."""
+        assert self._thread is None, "the batch thread runs already"
+        self._reader.load(state)
+        if (ahead := state.get("ahead")) is not None and self._depth > 0:
+            self._drawn.extend((sequence_of(value), None) for value in ahead["drawn"])
+            self._write_backs.extend((int(n), write_back_of(value)) for n, value in ahead["written"])
+            self._draws = len(self._drawn)
 
     def stop(self) -> None:
         """Write back what is pending and end the thread; the reader stays open. Raises: DeadlineError."""
@@ -112,9 +158,12 @@ class Batches:
                     "must keep its timeout: check the replay's disk"
                 )
 
+    # ---- inside -----------------------------------------------------------------------------------
+
     def _start(self) -> None:
         if self._thread is None and not self._stopping:
-            self.state()  # before anything is drawn
+            if not self._exact:
+                self.state()  # before anything is drawn
             self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
             self._thread.start()
 
@@ -124,22 +173,38 @@ class Batches:
         if self._stopping:
             raise DeadlineError("no batch comes after stop(); make new Batches")
 
+    def _whole_state(self) -> dict[str, Any]:
+        """The reader's state and everything between it and the learner."""
+        drawn = [state_of(sequence) for sequence, _ in self._drawn]
+        written = [[number - self._taken, state_of(rows)] for number, rows in self._write_backs]
+        return {**self._reader.state(), "ahead": {"drawn": drawn, "written": written}}
+
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._write_pending()
+                self._answer_if_asked()
                 with self._changed:
                     full = len(self._drawn) >= self._depth
-                    if full and not self._write_backs:
+                    due = bool(self._write_backs) and not self._exact
+                    if full and not due and self._asked is None:
                         self._changed.wait(IDLE_SECONDS)
                 if not full:
+                    self._write_pending(self._draws - self._depth if self._exact else None)
                     self._draw()
+                elif due:
+                    self._write_pending(None)
                 elif self._pump is not None:
                     self._pump()
-            self._write_pending()
+            self._write_pending(None)
         except Exception as error:  # surfaces in the consumer, where it can be named and handled
             with self._changed:
                 self._error = error
+                self._changed.notify_all()
+
+    def _answer_if_asked(self) -> None:
+        with self._changed:
+            if self._asked is not None and self._answer is None:
+                self._answer = _Answer(self._asked)
                 self._changed.notify_all()
 
     def _draw(self) -> None:
@@ -150,19 +215,42 @@ class Batches:
             return
         if self._copies is not None:
             sequence = self._copies.copy(sequence)
-        state = self._reader.state()
+        state = None if self._exact else self._reader.state()
         with self._changed:
             self._drawn.append((sequence, state))
+            self._draws += 1
             self._changed.notify_all()
 
-    def _write_pending(self) -> None:
+    def _write_pending(self, through: int | None) -> None:
+        """Write back what came from batches up to number `through`; all when None."""
         while True:
             with self._changed:
-                if not self._write_backs:
+                if not self._write_backs or (through is not None and self._write_backs[0][0] > through):
                     return
-                rows = self._write_backs.popleft()
+                _, rows = self._write_backs.popleft()
                 self._changed.notify_all()
             self._reader.write_back(rows)
+
+
+class _Answer:
+    """What a call returned or raised in another thread."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._value: Any = None
+        self._error: Exception | None = None
+        try:
+            self._value = call()
+        except Exception as error:  # raised where it was asked for
+            self._error = error
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _nothing() -> None:
+    return None
 
 
 class _Ring:

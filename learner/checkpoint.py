@@ -78,7 +78,7 @@ class CheckpointStore:
                 }
                 write_json(temporary / MANIFEST, _manifest(step, meta, files))
                 _sync_directory(temporary)
-                path = self.root / f"{self._next_serial():06d}-{step}"
+                path = self.root / self.next_name(step)
                 temporary.rename(path)
                 _sync_directory(self.root)
             except BaseException:
@@ -87,6 +87,10 @@ class CheckpointStore:
             self._prune()
         log.info("checkpoint saved", extra={"path": str(path), "step": step})
         return path
+
+    def next_name(self, step: int) -> str:
+        """What the next save of `step` will be called."""
+        return f"{self._next_serial():06d}-{step}"
 
     def newest(self) -> Loaded | None:
         """The newest checkpoint that verifies, or None. Broken ones are logged and left in place."""
@@ -114,11 +118,18 @@ class CheckpointStore:
                 ) from error
         return loaded
 
+    def newest_meta(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and meta of the checkpoint that `newest` would load, without its arrays."""
+        for path in reversed(self.paths()):
+            try:
+                return path.name, _verified(path)["meta"]
+            except IntegrityError:
+                continue  # the learner says so when it loads
+        return None
+
     def load(self, path: Path) -> Loaded:
         """Verify and read one checkpoint. Raises: IntegrityError naming the file and the remedy."""
-        manifest = _read_manifest(path)
-        for name, about in manifest["files"].items():
-            _verify(path / name, about["size"], about["sha256"])
+        manifest = _verified(path)
         return Loaded(
             path=path,
             step=manifest["step"],
@@ -223,6 +234,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("meta must be an object")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _broken(file, f"cannot be used ({error})") from error
+    return manifest
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are what it says. Raises: IntegrityError."""
+    manifest = _read_manifest(path)
+    for name, about in manifest["files"].items():
+        _verify(path / name, about["size"], about["sha256"])
     return manifest
 
 

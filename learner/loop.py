@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from learner.batches import Batches
 from learner.checkpoint import CheckpointStore, Loaded, check_signature
@@ -56,16 +56,25 @@ def never() -> bool:
     return False
 
 
+class ReplayCuts(Protocol):
+    """How a checkpoint remembers, and may hold on to, the rows that replay had. `replay.pins` does it."""
+
+    def take(self, checkpoint: str) -> Mapping[str, Any]: ...
+    def prune(self, checkpoints: Collection[str]) -> None: ...
+
+
 def resume(
     store: CheckpointStore,
     agent: Agent,
-    reader: ReplayReader,
+    reader: ReplayReader | Batches,
     publisher: Publisher,
     signature: Mapping[str, Any],
+    *,
+    note: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Progress:
     """Load the newest checkpoint that verifies into all three; return how far it had come, else zeros.
 
-    `signature` says what the model and environment are now.
+    `signature` says what the model and environment are now; note() is told the checkpoint's own words (meta).
     Raises: ConfigError naming what differs from the checkpoint's; IntegrityError when none is sound.
     """
     loaded = store.newest_sound()
@@ -76,6 +85,8 @@ def resume(
     reader.load(loaded.state["reader"])
     publisher.load(loaded.state["publisher"])
     log.info("resumed", extra={"path": str(loaded.path), "updates": loaded.step})
+    if note is not None:
+        note(loaded.meta)
     return Progress(**loaded.state["progress"])
 
 
@@ -94,19 +105,20 @@ def learn_loop(
     progress: Progress | None = None,
     rollback_after: int = 10,
     starve_seconds: float = 3600.0,
+    cuts: ReplayCuts | None = None,
     metrics: Metrics | None = None,
 ) -> Iterator[LearnerTick]:
     """Train until `total_updates` or until() is true, then publish, checkpoint and end; one tick per update.
 
     `checkpoint_on_start` fixes the new epoch on disk before a version of it is published. When
     checkpoint_asked(), called once per tick, is true there is one more. `rollback_after` non-finite
-    updates in a row go back to the newest checkpoint. Batches and publisher are stopped however the loop
-    ends; closing the generator leaves without a checkpoint.
+    updates in a row go back to the newest checkpoint. `cuts` note in every checkpoint which rows there were.
+    Batches and publisher are stopped however the loop ends; closing the generator leaves no checkpoint.
     Raises: DivergedError when non-finite updates go on after a rollback, DeadlineError after
     `starve_seconds` without a batch, PreflightError when the first or last checkpoint cannot be written.
     """
     metrics = metrics if metrics is not None else Metrics("", "learner")
-    cut = _Cut(agent, batches, publisher, store, progress or Progress(), dict(signature), metrics)
+    cut = _Cut(agent, batches, publisher, store, progress or Progress(), dict(signature), cuts, metrics)
     guard = _Guard(cut, rollback_after)
     done = cut.progress
     try:
@@ -226,10 +238,11 @@ class _Cut:
         store: CheckpointStore,
         progress: Progress,
         signature: dict[str, Any],
+        cuts: ReplayCuts | None,
         metrics: Metrics,
     ) -> None:
         self.agent, self.publisher, self.progress, self.metrics = agent, publisher, progress, metrics
-        self._batches, self._store, self._signature = batches, store, signature
+        self._batches, self._store, self._signature, self._cuts = batches, store, signature, cuts
         self._last = time.monotonic()
         self.saves = 0
 
@@ -239,14 +252,19 @@ class _Cut:
         if broken := nonfinite(self.agent.weights()):
             log.warning("checkpoint not saved", extra={"nonfinite": broken[:3]})
             return None
+        name = self._store.next_name(self.progress.updates)
+        # The rows are pinned before the checkpoint that needs them exists, and released after it is gone.
+        reader, rows = self._batches.snapshot(lambda: self._cuts.take(name) if self._cuts else None)
         state = {
             "agent": self.agent.state(),
-            "reader": self._batches.state(),
+            "reader": reader,
             "publisher": self.publisher.state(),
             "progress": asdict(self.progress),
         }
-        meta = {"signature": self._signature, "unixtime": time.time()}
+        meta = {"signature": self._signature, "unixtime": time.time(), "replay": rows}
         path = self._store.save(self.progress.updates, state, meta)
+        if self._cuts is not None:
+            self._cuts.prune([kept.name for kept in self._store.paths()])
         self.saves += 1
         self.metrics["learner_checkpoints_total"].inc()
         self.metrics["learner_checkpoint_unixtime"].set_to_current_time()
