@@ -22,9 +22,11 @@ GRANT_SECONDS = 0.005
 MARK_SECONDS = 1.0
 WINDOW_SECONDS = 60
 PACE_SECONDS = 10
+LATE_SECONDS = 0.05
+"""How long freed credit may take to reach a shard before it counts as late."""
 WAITS = ("prefill", "learner", "actors", "grants")
 """Who waits: the learner for the prefill (or for a sequence to start), the learner for actors, actors for the
-learner, actors for credit that is free but on its way to their shard."""
+learner, actors for credit that was free long ago but has not reached their shard."""
 
 
 class ShardCounters(Protocol):
@@ -101,9 +103,13 @@ class WaitBooks:
         return True
 
     def rate(self) -> float:
-        """Rows inserted per second over about PACE_SECONDS."""
-        then, now = self._span(PACE_SECONDS)
-        return (now.inserted - then.inserted) / (now.time - then.time) if now.time > then.time else 0.0
+        """Rows inserted per second over the last minute or the last PACE_SECONDS, whichever was slower."""
+        rates = [
+            (now.inserted - then.inserted) / (now.time - then.time)
+            for then, now in (self._span(WINDOW_SECONDS), self._span(PACE_SECONDS))
+            if now.time > then.time
+        ]
+        return min(rates, default=0.0)
 
     def held_ratio(self) -> float | None:
         """Trained rows per inserted row over the last minute; None when nothing was inserted."""
@@ -151,6 +157,7 @@ class Governor:
         self._inserted: dict[int, int] = {}
         self._waiting: dict[int, int] = {}
         self._next_grant = 0.0
+        self._exhausted_at = -LATE_SECONDS  # when all credit was last used up
         self._metrics = metrics
         self._exported = dict(self.books.seconds)
         self._line = "no experience yet"
@@ -163,7 +170,9 @@ class Governor:
             self._inserted[shard.index] = shard.inserted
             self._waiting[shard.index] = shard.waiting
         self.limiter.observe(self._tally.count(self._inserted), live, starts)
-        waiting = frozenset(self._who_waits(stalled))
+        if self.limiter.insert_budget() <= self.limiter.inserted:
+            self._exhausted_at = now
+        waiting = frozenset(self._who_waits(stalled, now))
         if self.books.note(now, self.limiter.inserted, self.limiter.trained, waiting):
             self.limiter.pace(self.books.rate())
             self._line = self._describe()
@@ -210,12 +219,12 @@ class Governor:
         limiter.load(state["limiter"])
         self.grants.forget()
 
-    def _who_waits(self, stalled: bool) -> Iterable[str]:
+    def _who_waits(self, stalled: bool, now: float) -> Iterable[str]:
         limiter = self.limiter
         if stalled:
             yield "learner" if limiter.prefilled and limiter.starts else "prefill"
         if self.waiting_rows > 0:
-            yield "actors" if limiter.insert_budget() <= limiter.inserted else "grants"
+            yield "actors" if now - self._exhausted_at < LATE_SECONDS else "grants"
 
     def _describe(self) -> str:
         shares = self.books.shares()
