@@ -10,6 +10,7 @@ follow each other. It depends on the schema alone, not on the order in which som
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,7 +81,7 @@ class OverlayCheck:
         total = np.zeros(stop - start, np.uint32)
         for name, weights in self._weights.items():
             rows = np.ascontiguousarray(columns[name][start:stop])
-            octets = rows.view(np.uint8).reshape(len(rows), -1) if rows.ndim > 1 else _octets(rows)
+            octets = _octets(rows)  # [n, bytes], n may be 0
             if octets.shape[1] % 4:
                 padded = np.zeros((len(rows), 4 * len(weights)), np.uint8)
                 padded[:, : octets.shape[1]] = octets
@@ -90,4 +91,4 @@ class OverlayCheck:
 
 
 def _octets(rows: NDArray[Any]) -> NDArray[np.uint8]:
-    return rows.view(np.uint8).reshape(len(rows), rows.itemsize)
+    return rows.reshape(-1).view(np.uint8).reshape(len(rows), math.prod(rows.shape[1:]) * rows.itemsize)
