@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from replay.checks import CHECK
+from replay.cut import segment_key
 from replay.rows import MemoryHome
 from replay.segment import Segment
 from system.specs import TableSpec
@@ -21,6 +23,9 @@ class MappedSegment(MemoryHome):
         flat = {name: a.reshape(-1, *a.shape[2:]) for name, a in arrays.items()}
         super().__init__(flat, segment.overlay)
         self.distant = False
+        self.overlay_key = segment_key(segment.path)
+        checks = {CHECK: segment.overlay_check.reshape(-1)} if segment.overlay else {}
+        self.overlay_files = {**self.overlay, **checks}  # [S * T, ...]
 
     @property
     def slot_rows(self) -> int:
