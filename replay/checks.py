@@ -79,6 +79,8 @@ class OverlayCheck:
     def of(self, columns: Mapping[str, NDArray[Any]], start: int, stop: int) -> NDArray[np.uint32]:
         """Checksums [n] of rows start .. stop - 1 of `columns` [T, ...]."""
         total = np.zeros(stop - start, np.uint32)
+        if start == stop:
+            return total
         for name, weights in self._weights.items():
             rows = np.ascontiguousarray(columns[name][start:stop])
             octets = _octets(rows)  # [n, bytes], n may be 0
