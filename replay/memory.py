@@ -12,11 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay.admission import Cursor, check_chunk, rows_known, stream_key
+from replay.batch_spec import BatchSpec
 from replay.index import Run, StartIndex
 from replay.limiter import RateLimiter
-from replay.reader import check_batch, check_fits, why_waiting
-from replay.rows import MemoryHome, write_overlay
+from replay.plans import Planner
+from replay.reader import check_fits, check_ring, why_waiting
+from replay.rows import MemoryHome
 from replay.sampler import Sampler
+from replay.selection import Sampling
+from replay.write_back import apply
 from system import experience
 from system.errors import DeadlineError
 from system.experience import Ack, Chunk, WriteBack
@@ -44,27 +48,35 @@ class MemoryReplay:
         table: TableSpec,
         *,
         capacity_rows: int,
-        batch: int,
-        length: int,
-        context: int,
         seed: int,
         limiter: RateLimiter,
+        batch: int = 0,
+        length: int = 0,
+        context: int = 0,
+        spec: BatchSpec | None = None,
+        sampling: Sampling | None = None,
+        sources: Mapping[str, tuple[MemoryReplay, float]] | None = None,
+        own_weight: float = 1.0,
         ring: int = 3,
     ) -> None:
-        """Keep `capacity_rows` rows, sample as LocalReader does. Raises: ConfigError as LocalReader."""
-        check_batch(batch, length, context, ring)
-        check_fits(capacity_rows, BLOCK_ROWS, context + length)
-        limiter.check_update(batch * length)
+        """Keep `capacity_rows` rows, sample as LocalReader does; `sources` must not change any more.
+
+        Raises: ConfigError as LocalReader.
+        """
+        check_ring(ring)
+        self._spec = spec = spec or BatchSpec(batch=batch, length=length, context=context)
+        check_fits(capacity_rows, BLOCK_ROWS, spec.span)
+        limiter.check_update(spec.rows)
         self.limiter = limiter
-        self.dropped_write_backs = 0
+        self.dropped_write_backs = self.dropped_priorities = 0
         self._table = table
         self._capacity = capacity_rows
-        self._update_rows = batch * length
-        self._time = context + length
-        self._sampler = Sampler(
-            table.all, batch=batch, time=self._time, context=context, ring=ring, seed=seed
-        )
-        self._index: StartIndex[_Block] = StartIndex(self._time)
+        self._index: StartIndex[_Block] = StartIndex(spec.span)
+        indices = [(self._index, own_weight)]
+        indices += [(other.index_for(spec.span), weight) for other, weight in (sources or {}).values()]
+        self._planner = Planner(table.all, spec, indices, sampling=sampling or Sampling(), seed=seed)
+        self._planner.look()
+        self._sampler = Sampler(table.all, spec, self._planner, ring=ring)
         self._blocks: deque[tuple[int, _Block]] = deque()  # (stream key, block), oldest first
         self._tails: dict[int, Run[_Block]] = {}
         self._cursors: dict[int, Cursor] = {}
@@ -88,23 +100,34 @@ class MemoryReplay:
         deadline = time.monotonic() + timeout
         with self._changed:
             self._observe()
-            while not self.limiter.can_train(self._update_rows):
+            while not self.limiter.can_train(self._spec.rows):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise DeadlineError(f"no batch for {timeout:.1f} s: {self._why_waiting()}")
                 self._changed.wait(left)
                 self._observe()
-            sequence = self._sampler.draw(self._index)
-            self.limiter.record(self._update_rows)
+            sequence = self._sampler.draw()
+            self.limiter.record(self._spec.rows)
             self._changed.notify_all()
             return sequence
 
     def write_back(self, rows: WriteBack) -> int:
         """As LocalReader.write_back. Raises: SchemaError."""
         with self._changed:
-            written, dropped = write_overlay(self._table, self._index, rows)
-            self.dropped_write_backs += dropped
-            return written
+            done = apply(rows, self._planner, self._table, self._spec.step)
+            self.dropped_write_backs += done.dropped
+            self.dropped_priorities += done.stale
+            return done.rows
+
+    def index_for(self, length: int) -> StartIndex[_Block]:
+        """The rows as they are now, for sequences of `length` rows of another reader."""
+        index: StartIndex[_Block] = StartIndex(length)
+        with self._changed:
+            for runs in self._index.streams.values():
+                for run in runs.runs:
+                    count = run.end - run.start
+                    index.add(runs.shard, runs.stream, run.start, run.home, run.first, count)
+        return index
 
     def pump(self) -> None:
         """Nothing to send: appends look at the limiter themselves."""
@@ -115,16 +138,16 @@ class MemoryReplay:
             return self._inserted, self._index.rows
 
     def state(self) -> dict[str, Any]:
-        """Limiter and generator as JSON values; the rows themselves are not part of it."""
+        """Limiter and sampler as JSON values; the rows themselves are not part of it."""
         with self._changed:
             self._observe()
-            return {"limiter": self.limiter.state(), "rng": self._sampler.state()}
+            return {"limiter": self.limiter.state(), "sampler": self._sampler.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         with self._changed:
             self._observe()
             self.limiter.load(state["limiter"])
-            self._sampler.load(state["rng"])
+            self._sampler.load(state["sampler"])
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -187,14 +210,14 @@ class MemoryReplay:
             del self._tails[key]
 
     def _observe(self) -> None:
-        self.limiter.observe(self._inserted, self._index.rows, self._index.total)
+        self.limiter.observe(self._inserted, self._index.rows, self._planner.starts)
 
     def _why_waiting(self) -> str:
         index = self._index
         return why_waiting(
             self.limiter,
+            self._spec,
             streams=len(index.streams),
             longest=index.longest,
-            time=self._time,
             waiting=self._waiting,
         )

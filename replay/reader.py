@@ -7,16 +7,20 @@ both sides wait with a deadline. `replay.view` knows what is where, `replay.samp
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from replay.batch_spec import BatchSpec
 from replay.credits import GrantTaker
 from replay.governor import Governor
 from replay.limiter import RateLimiter
-from replay.rows import Home, write_overlay
+from replay.plans import Planner
+from replay.rows import Home
 from replay.sampler import Sampler
-from replay.view import TableView
+from replay.selection import Sampling
+from replay.view import ShardView, TableView
+from replay.write_back import apply
 from system import experience
 from system.errors import ConfigError, DeadlineError
 from system.experience import WriteBack
@@ -24,14 +28,14 @@ from system.metrics import Metrics
 from system.specs import TableSpec
 
 POLL_SECONDS = 0.001
+AHEAD = 4
+"""Batches planned ahead where copies may wait for a disk or the network."""
 
 
-def check_batch(batch: int, length: int, context: int, ring: int) -> None:
-    """Raises: ConfigError for a batch that is none."""
-    if batch < 1 or length < 1 or context < 0 or ring < 1:
-        raise ConfigError(
-            f"batch ({batch}), length ({length}) and ring ({ring}) must be >= 1, context ({context}) >= 0"
-        )
+def check_ring(ring: int) -> None:
+    """Raises: ConfigError for a ring without a batch."""
+    if ring < 1:
+        raise ConfigError(f"ring ({ring}) must be >= 1; 3 lets one batch be copied while one is in use")
 
 
 def check_fits(capacity_rows: int, segment_rows: int, time: int) -> None:
@@ -47,7 +51,7 @@ def check_fits(capacity_rows: int, segment_rows: int, time: int) -> None:
         )
 
 
-def why_waiting(limiter: RateLimiter, *, streams: int, longest: int, time: int, waiting: int) -> str:
+def why_waiting(limiter: RateLimiter, spec: BatchSpec, *, streams: int, longest: int, waiting: int) -> str:
     """Who waits for whom, in one sentence for a DeadlineError."""
     if limiter.live < limiter.min_rows or not limiter.prefilled:
         cause = (
@@ -55,9 +59,10 @@ def why_waiting(limiter: RateLimiter, *, streams: int, longest: int, time: int, 
             f"{limiter.inserted} inserted of {limiter.prefill_rows})"
         )
     elif not limiter.starts:
+        what = "a stream" if spec.cross_episodes else "an episode"
         cause = (
-            f"a stream with {time} consecutive live rows (the longest of {streams} has {longest}; "
-            "raise the capacity when that does not grow)"
+            f"{what} with {spec.span} consecutive live rows (the longest of {streams} streams has {longest}; "
+            "raise the capacity when that does not grow, or shorten the sequences)"
         )
     else:
         cause = (
@@ -70,6 +75,13 @@ def why_waiting(limiter: RateLimiter, *, streams: int, longest: int, time: int, 
     )
 
 
+def open_source(name: str, root: Path, table: TableSpec, spec: BatchSpec) -> TableView:
+    """Follow another table, read only. Raises: ConfigError when there is none; SchemaError as `TableView`."""
+    if not (root / "table.json").is_file():
+        raise ConfigError(f"replay source {name} ({root}) must hold a table.json; import it or mend the path")
+    return TableView(root, table, spec.span)
+
+
 class LocalReader:
     """ReplayReader over the shards of this node. `controls[k]` reaches shard k."""
 
@@ -78,42 +90,54 @@ class LocalReader:
         root: Path,
         table: TableSpec,
         *,
-        batch: int,
-        length: int,
-        context: int,
         seed: int,
         limiter: RateLimiter,
         controls: Sequence[GrantTaker],
+        batch: int = 0,
+        length: int = 0,
+        context: int = 0,
+        spec: BatchSpec | None = None,
+        sampling: Sampling | None = None,
+        sources: Mapping[str, tuple[Path, float]] | None = None,
+        own_weight: float = 1.0,
+        remotes: Iterable[ShardView] = (),
         ring: int = 3,
         before_overwrite: Callable[[Home, int, int], None] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        """Sample `batch` sequences of context + length rows; the `ring`-th draw after a batch overwrites it.
+        """Sample batches of `spec`, or plainly `batch` sequences of context + length rows.
+
+        The `ring`-th draw after a batch overwrites it. `sources` are other tables (root, weight) of the same
+        schema, mixed into every batch beside the run's own rows of weight `own_weight`; source k of a
+        sequence is the k-th of them, 0 the run's own. `remotes` are shards on other nodes.
 
         Raises: ConfigError when the limiter could deadlock with this batch or a shard is too small for it;
         SchemaError, IntegrityError, PreflightError as `layout.open_table`.
         """
-        check_batch(batch, length, context, ring)
-        limiter.check_update(batch * length)
+        check_ring(ring)
+        self._spec = spec = spec or BatchSpec(batch=batch, length=length, context=context)
+        limiter.check_update(spec.rows)
         self.limiter = limiter
-        self.dropped_write_backs = 0
+        self.dropped_write_backs = self.dropped_priorities = 0
         self._before_overwrite = before_overwrite  # e.g. PinStore.before
-        self._update_rows = batch * length
-        self._time = context + length
-        self._view = TableView(root, table, self._time)
-        self._sampler = Sampler(
-            table.all, batch=batch, time=self._time, context=context, ring=ring, seed=seed
-        )
+        self._view = TableView(root, table, spec.span, remotes=remotes, metrics=metrics)
+        self._others = [open_source(name, path, table, spec) for name, (path, _) in (sources or {}).items()]
+        indices = [(self._view.index, own_weight)]
+        weights = [weight for _, weight in (sources or {}).values()]
+        indices += [(view.index, weight) for view, weight in zip(self._others, weights, strict=True)]
+        self._planner = Planner(table.all, spec, indices, sampling=sampling or Sampling(), seed=seed)
+        self._sampler = Sampler(table.all, spec, self._planner, ring=ring)
         self.governor = Governor(limiter, controls, metrics=metrics)
         self._checked_shards = 0
         self._metrics = metrics
         self._observe()
+        self._planner.look()
 
     def sample(self, timeout: float) -> experience.Sequence:
         """One batch as soon as the limiter allows. Raises: DeadlineError saying who waits for whom."""
         begin = now = time.monotonic()
         self._observe()
-        while not self.limiter.can_train(self._update_rows):
+        while not self.limiter.can_train(self._spec.rows):
             now = time.monotonic()
             if now - begin >= timeout:
                 self._waited(now - begin)
@@ -124,12 +148,14 @@ class LocalReader:
         if now > begin:
             self._waited(now - begin)
         started = time.monotonic()
-        sequence = self._sampler.draw(self._view.index)
-        self.limiter.record(self._update_rows)
+        failed = self._sampler.redraws
+        sequence = self._sampler.draw(AHEAD if self._distant else 0)
+        self.limiter.record(self._spec.rows)
         now = time.monotonic()
         self.governor.pump(now)
         if self._metrics is not None:
             self._metrics["learner_sample_seconds"].observe(now - started)
+            self._metrics["learner_redrawn_sequences_total"].inc(self._sampler.redraws - failed)
         return sequence
 
     def pump(self) -> None:
@@ -138,19 +164,18 @@ class LocalReader:
         self.governor.pump(time.monotonic())
 
     def write_back(self, rows: WriteBack) -> int:
-        """Overwrite overlay columns of sampled rows; rows evicted meanwhile are dropped and counted.
+        """Overwrite overlay columns and priorities of sampled rows; what is evicted is dropped and counted.
 
         Returns the rows written. Raises: SchemaError for other columns, shapes or dtypes.
         """
-        self._view.refresh()
-        written, dropped = write_overlay(
-            self._view.table, self._view.index, rows, before=self._before_overwrite
-        )
-        self.dropped_write_backs += dropped
+        self._refresh()
+        table, step = self._view.table, self._spec.step
+        done = apply(rows, self._planner, table, step, before=self._before_overwrite)
+        self.dropped_write_backs += done.dropped
+        self.dropped_priorities += done.stale
         if self._metrics is not None:
-            self._metrics.labels("learner_write_back_rows_total", outcome="written").inc(written)
-            self._metrics.labels("learner_write_back_rows_total", outcome="evicted").inc(dropped)
-        return written
+            done.export(self._metrics)
+        return done.rows
 
     def counts(self) -> tuple[int, int]:
         """(lifetime rows inserted, live rows) over all shards."""
@@ -162,7 +187,7 @@ class LocalReader:
         self._observe()
         return {
             **self.governor.state(),
-            "rng": self._sampler.state(),
+            "sampler": self._sampler.state(),
             "inserted": self._view.inserted(len(self.governor.grants.shards)),  # by shard
         }
 
@@ -170,25 +195,35 @@ class LocalReader:
         """Take up a saved state beside the replay as it is now (see `RateLimiter.load`)."""
         self._observe()
         self.governor.load(state)
-        self._sampler.load(state["rng"])
+        self._sampler.load(state["sampler"])
 
     def close(self) -> None:
         """Let go of the maps; batches handed out stay readable while they are referenced."""
-        self._view.release()
+        for view in (self._view, *self._others):
+            view.release()
 
     # ---- inside -----------------------------------------------------------------------------------
 
-    def _observe(self, *, stalled: bool = False) -> None:
+    @property
+    def _distant(self) -> bool:
+        return self._view.distant or any(view.distant for view in self._others)
+
+    def _refresh(self) -> None:
         self._view.refresh()
+        for view in self._others:
+            view.refresh()
+
+    def _observe(self, *, stalled: bool = False) -> None:
+        self._refresh()
         if self._view.shards != self._checked_shards:
             self._check_capacity()
-        index = self._view.index
-        self.governor.observe(time.monotonic(), self._view.views, index.rows, index.total, stalled=stalled)
+        rows, starts = self._view.index.rows, self._planner.starts
+        self.governor.observe(time.monotonic(), self._view.views, rows, starts, stalled=stalled)
 
     def _check_capacity(self) -> None:
         found = self._view.capacities()
         for capacity_rows, segment_rows in found:
-            check_fits(capacity_rows, segment_rows, self._time)
+            check_fits(capacity_rows, segment_rows, self._spec.span)
         total = sum(capacity for capacity, _ in found)
         if len(found) >= max(1, len(self.governor.grants.shards)) and self.limiter.min_rows > total:
             raise ConfigError(
@@ -206,9 +241,9 @@ class LocalReader:
         return (
             why_waiting(
                 self.limiter,
+                self._spec,
                 streams=len(index.streams),
                 longest=index.longest,
-                time=self._time,
                 waiting=self.governor.waiting_rows,
             )
             + f"; {self.governor.grants.failures} grants failed"

@@ -116,6 +116,14 @@ class SegmentHome(Home, Protocol):
         """As ShardView: copies may wait for a disk, the network, a decoder."""
         ...
 
+    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
+        """Read it all; return how many committed rows of each slot the checksums confirm [S].
+
+        `mend` resets overlay rows that are damaged. Raises: IntegrityError when nothing may be read,
+        FileNotFoundError when it is gone.
+        """
+        ...
+
 
 class MemoryHome:
     """Rows in arrays [rows, ...] of this process, in table order; those named in `overlay` may change."""
@@ -123,10 +131,16 @@ class MemoryHome:
     def __init__(self, arrays: Mapping[str, NDArray[Any]], overlay: Collection[str] = ()) -> None:
         self.views = RowViews(arrays)
         self.overlay = {name: arrays[name] for name in overlay}
+        self._is_first = arrays.get("is_first")
 
     def copy_rows(self, target: RowViews, at: int, first: int, count: int) -> None:
         """As Home."""
         copy_rows(target, at, self.views, first, count)
+
+    def first_flags(self, first: int, count: int) -> NDArray[np.bool_]:
+        """As episodes.FlagHome."""
+        assert self._is_first is not None, "rows without is_first"
+        return self._is_first[first : first + count]
 
     def will_need(self, first: int, count: int) -> None:
         """Nothing: the rows are here."""

@@ -66,6 +66,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("replay_bytes", "Bytes on disk."),
     _gauge("replay_segments", "Segments on disk."),
     _counter("replay_segments_skipped_total", "Segments a reader left out.", "reason"),
+    _counter("replay_rows_skipped_total", "Rows a reader left out because their checksums fail."),
     _counter("replay_insert_wait_seconds_total", "Seconds appends waited for the limiter."),
     _histogram("replay_append_seconds", "Time from append call to acknowledgement."),
     # learner
@@ -85,6 +86,8 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("learner_sample_wait_seconds_total", "Seconds the learner waited for replay (limiter or data)."),
     _histogram("learner_update_seconds", "Time of one update without waiting."),
     _histogram("learner_sample_seconds", "Time to draw and copy one batch."),
+    _counter("learner_redrawn_sequences_total", "Sequences gone when they were to be copied; others drawn."),
+    _counter("learner_priority_rows_total", "Rows with a priority written back.", "outcome"),
     _counter("learner_nonfinite_total", "Updates skipped because loss or gradient was not finite."),
     _gauge("learner_loss", "Newest loss by part.", "part"),
     _gauge("learner_grad_norm", "Newest gradient norm before clipping."),

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from replay.index import Run, StartIndex
-from replay.sampler import uniform
+from replay.selection import uniform
 
 
 def filled(runs: dict[tuple[int, int], list[int]], length: int) -> StartIndex[str]:
