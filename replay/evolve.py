@@ -19,7 +19,8 @@ from replay.schema import check_readable
 from system.specs import ACTION_MASK, ArraySpec, TableSpec
 
 if TYPE_CHECKING:
-    from replay.follow import OpenSegment, SegmentHome
+    from replay.follow import OpenSegment
+    from replay.rows import SegmentHome
 
 MAX_TARGETS = 32
 """Batches a reader copies into in turn; for each the columns of the older schema are picked once."""
@@ -32,7 +33,8 @@ def evolving(openers: Mapping[str, OpenSegment], found: TableSpec) -> dict[str, 
 
 def _open(opener: OpenSegment, found: TableSpec, path: Path, wanted: TableSpec) -> SegmentHome:
     home = opener(path, found)
-    return home if found.digest == wanted.digest else EvolvedHome(home, found, wanted)
+    same = found.digest == wanted.digest and not found.overlay
+    return home if same else EvolvedHome(home, found, wanted)
 
 
 def default_row(name: str, spec: ArraySpec, found: TableSpec) -> NDArray[Any]:
@@ -44,14 +46,19 @@ def default_row(name: str, spec: ArraySpec, found: TableSpec) -> NDArray[Any]:
 
 
 class EvolvedHome:
-    """A segment written under schema `found`, read as `wanted`. A Home whose targets are of `wanted`."""
+    """A segment written under schema `found`, read as `wanted`, read only. Targets are of `wanted`.
+
+    Overlay columns read as zeros, whatever is stored: they are caches of the run that wrote them.
+    """
 
     def __init__(self, home: SegmentHome, found: TableSpec, wanted: TableSpec) -> None:
         """Raises: SchemaError when `found` cannot be read as `wanted`."""
         check_readable("this segment", found, wanted)
         self._home, self._found, self._wanted = home, found, wanted
         self._defaults = {
-            name: default_row(name, spec, found) for name, spec in wanted.all.items() if name not in found.all
+            name: default_row(name, spec, found)
+            for name, spec in wanted.all.items()
+            if name not in found.columns or name in wanted.overlay
         }
         self._parts: dict[int, tuple[RowViews, RowViews]] = {}  # by id of a target: it, and what is stored
 
@@ -86,8 +93,12 @@ class EvolvedHome:
         self._home.will_need(first, count)
 
     def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:
-        """As Home: 0 for a column the segment does not have."""
-        return self._home.write_overlay(name, first, values) if name in self._found.overlay else 0
+        """As Home: always 0, the rows are somebody else's."""
+        return 0
+
+    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
+        """As SegmentHome."""
+        return self._home.good_rows(mend=False)
 
     def _stored(self, target: RowViews) -> RowViews:
         """The columns of `target` that the segment has, in its order; those nobody wants go into scratch."""
@@ -96,7 +107,7 @@ class EvolvedHome:
             return known[1]
         columns = {
             name: target.columns[name]
-            if name in target.columns
+            if name in target.columns and name not in self._wanted.overlay
             else np.empty((target.rows, *spec.shape), spec.dtype)
             for name, spec in self._found.all.items()
         }

@@ -15,8 +15,8 @@ from system.specs import ACTION_MASK, ArraySpec, TableSpec
 
 def obstacles(found: TableSpec, wanted: TableSpec) -> Iterator[tuple[str, str]]:
     """(column, why) for each column that keeps rows of schema `found` from being read as `wanted`."""
-    for name, spec in wanted.all.items():
-        there = found.all.get(name)
+    for name, spec in wanted.columns.items():  # overlays are caches: they begin as zeros
+        there = found.columns.get(name)
         if there is not None:
             same = (there.shape, there.dtype) == (spec.shape, spec.dtype)
             fits = there.kind == spec.kind and there.classes <= spec.classes
@@ -30,23 +30,27 @@ def obstacles(found: TableSpec, wanted: TableSpec) -> Iterator[tuple[str, str]]:
 
 
 def has_default(name: str, spec: ArraySpec, wanted: TableSpec) -> bool:
-    """Overlay columns begin as zeros; unknown actions are zeros where a mask says that they are unknown."""
-    known = spec.default is not None or name in wanted.overlay or name == ACTION_MASK
+    """Besides what says so: the mask itself, and unknown actions where it says that they are unknown."""
+    known = spec.default is not None or name == ACTION_MASK
     return known or (name == "action" and ACTION_MASK in wanted.columns)
 
 
 def check_readable(where: str | Path, found: TableSpec, wanted: TableSpec) -> None:
-    """Raises: SchemaError naming every column in the way and the command that migrates."""
+    """Raises: SchemaError naming every column in the way, and the command that migrates."""
     problems = list(obstacles(found, wanted))
     if not problems:
         return
     listed = "; ".join(f"column {name} {why}" for name, why in problems)
-    changed = [f"--cast {n}={wanted.all[n].dtype}" for n, why in problems if why.startswith("stored")]
-    missing = [f"--fill {n}=VALUE" for n, why in problems if not why.startswith("stored")]
+    casts = [f"--cast {name}={wanted.all[name].dtype}" for name, why in problems if why.startswith("stored")]
+    remedies = ["choose another replay root", "run with the settings that made it"]
+    if casts:
+        remedies.insert(
+            0, f"make a table that fits with `dreamfleet replay migrate {where} NEW {' '.join(casts)}`"
+        )
+    if len(casts) < len(problems):
+        remedies.insert(0, "give new columns a default in their ArraySpec")
     raise SchemaError(
         f"replay at {where} has schema {found.digest[:12]} but this run needs {wanted.digest[:12]} "
         f"({listed}); "
-        f"make a table that fits with `dreamfleet replay migrate {where} NEW "
-        f"{' '.join(changed + missing)}`, choose "
-        "another replay root, or run with the settings that made it"
+        f"{', or '.join(remedies)}"
     )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.audit import open_table
+from replay import layout
 from replay.datasets.episodes import About, Episode, Tally, about_table
 from replay.index import StreamRuns
 from replay.rows import Home, RowsGone, RowViews
@@ -42,7 +42,7 @@ class TableEpisodes:
 
         Raises: SchemaError without a table, or when it does not fit `action`; IntegrityError when damaged.
         """
-        self._table = open_table(root)
+        self._table, _ = layout.read_table(root)
         self.about: About = about_table(name, self._table, action)
         self.root = root
         self._cut_open = cut_open
@@ -60,29 +60,20 @@ class TableEpisodes:
         for (shard, stream), runs in sorted(self._view.index.streams.items()):
             for lo, hi in list(runs.bounds):
                 name = f"{self.root} shard {shard} stream {stream >> 16}.{stream & 0xFFFF}"
-                yield from self._episodes(name, self._blocks(runs, lo, hi))
+                yield from self._episodes(name, self._counted(blocks(self._view, runs, lo, hi)))
 
     def close(self) -> None:
         """Let go of the maps."""
         self._view.release()
 
-    def _blocks(self, runs: StreamRuns[Home], lo: int, hi: int) -> Iterator[Rows | None]:
-        """Rows lo .. hi - 1 in order, some at a time; None in place of those that went meanwhile."""
-        size = max(1, min(MAX_BLOCK_ROWS, BLOCK_BYTES // max(1, self._table.row_nbytes)))
-        for position in range(lo, hi, size):
-            count = min(size, hi - position)
-            specs = self._table.all
-            block = {key: np.empty((count, *spec.shape), spec.dtype) for key, spec in specs.items()}
-            views, at = RowViews(block), 0
-            try:
-                for piece in runs.pieces(position, count):
-                    piece.home.copy_rows(views, at, piece.first, piece.rows)
-                    at += piece.rows
-            except RowsGone:
-                self.tally.skip(GONE, count)
+    def _counted(self, found: Iterator[Rows | int]) -> Iterator[Rows | None]:
+        """The blocks, None in place of rows that went meanwhile, which are counted."""
+        for block in found:
+            if isinstance(block, int):
+                self.tally.skip(GONE, block)
                 yield None
-                continue
-            yield block
+            else:
+                yield block
 
     def _episodes(self, name: str, blocks: Iterator[Rows | None]) -> Iterator[Episode]:
         """The whole episodes of one fragment of a stream."""
@@ -132,6 +123,24 @@ class TableEpisodes:
                 f"{name}: an episode of more than {_count(pending)} rows ({nbytes >> 20} MiB) must fit into "
                 f"{MAX_EPISODE_BYTES >> 20} MiB; give the environment a time limit"
             )
+
+
+def blocks(view: TableView, runs: StreamRuns[Home], lo: int, hi: int) -> Iterator[Rows | int]:
+    """Rows lo .. hi - 1 of a stream in order, some at a time; of those that went meanwhile their number."""
+    specs = view.table.all
+    size = max(1, min(MAX_BLOCK_ROWS, BLOCK_BYTES // max(1, view.table.row_nbytes)))
+    for position in range(lo, hi, size):
+        count = min(size, hi - position)
+        block = {key: np.empty((count, *spec.shape), spec.dtype) for key, spec in specs.items()}
+        views, at = RowViews(block), 0
+        try:
+            for piece in runs.pieces(position, count):
+                piece.home.copy_rows(views, at, piece.first, piece.rows)
+                at += piece.rows
+        except RowsGone:
+            yield count
+            continue
+        yield block
 
 
 def _pieces(block: Rows) -> Iterator[Rows]:
