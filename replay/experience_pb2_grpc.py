@@ -51,6 +51,21 @@ class ReplayServiceStub:
                 request_serializer=replay_dot_experience__pb2.StatsRequest.SerializeToString,
                 response_deserializer=replay_dot_experience__pb2.StatsReply.FromString,
                 _registered_method=True)
+        self.Bounds = channel.unary_stream(
+                '/dreamfleet.replay.v1.ReplayService/Bounds',
+                request_serializer=replay_dot_experience__pb2.BoundsRequest.SerializeToString,
+                response_deserializer=replay_dot_experience__pb2.BoundsReply.FromString,
+                _registered_method=True)
+        self.Read = channel.unary_unary(
+                '/dreamfleet.replay.v1.ReplayService/Read',
+                request_serializer=replay_dot_experience__pb2.ReadRequest.SerializeToString,
+                response_deserializer=replay_dot_experience__pb2.ReadReply.FromString,
+                _registered_method=True)
+        self.WriteBack = channel.unary_unary(
+                '/dreamfleet.replay.v1.ReplayService/WriteBack',
+                request_serializer=replay_dot_experience__pb2.WriteBackRequest.SerializeToString,
+                response_deserializer=replay_dot_experience__pb2.WriteBackReply.FromString,
+                _registered_method=True)
 
 
 class ReplayServiceServicer:
@@ -81,6 +96,27 @@ class ReplayServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Bounds(self, request, context):
+        """Which rows are live, in pages; asked several times a second. Roles learner, driver.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Read(self, request, context):
+        """Rows by position, packed as in an append. Roles learner, driver.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WriteBack(self, request, context):
+        """New values of overlay columns. Role learner.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplayServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -98,6 +134,21 @@ def add_ReplayServiceServicer_to_server(servicer, server):
                     servicer.Stats,
                     request_deserializer=replay_dot_experience__pb2.StatsRequest.FromString,
                     response_serializer=replay_dot_experience__pb2.StatsReply.SerializeToString,
+            ),
+            'Bounds': grpc.unary_stream_rpc_method_handler(
+                    servicer.Bounds,
+                    request_deserializer=replay_dot_experience__pb2.BoundsRequest.FromString,
+                    response_serializer=replay_dot_experience__pb2.BoundsReply.SerializeToString,
+            ),
+            'Read': grpc.unary_unary_rpc_method_handler(
+                    servicer.Read,
+                    request_deserializer=replay_dot_experience__pb2.ReadRequest.FromString,
+                    response_serializer=replay_dot_experience__pb2.ReadReply.SerializeToString,
+            ),
+            'WriteBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.WriteBack,
+                    request_deserializer=replay_dot_experience__pb2.WriteBackRequest.FromString,
+                    response_serializer=replay_dot_experience__pb2.WriteBackReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -183,6 +234,87 @@ class ReplayService:
             '/dreamfleet.replay.v1.ReplayService/Stats',
             replay_dot_experience__pb2.StatsRequest.SerializeToString,
             replay_dot_experience__pb2.StatsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Bounds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dreamfleet.replay.v1.ReplayService/Bounds',
+            replay_dot_experience__pb2.BoundsRequest.SerializeToString,
+            replay_dot_experience__pb2.BoundsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Read(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dreamfleet.replay.v1.ReplayService/Read',
+            replay_dot_experience__pb2.ReadRequest.SerializeToString,
+            replay_dot_experience__pb2.ReadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dreamfleet.replay.v1.ReplayService/WriteBack',
+            replay_dot_experience__pb2.WriteBackRequest.SerializeToString,
+            replay_dot_experience__pb2.WriteBackReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -126,7 +126,7 @@ class ChunkCodec:
                 f"{self.row_nbytes}; send every column in the documented order",
             )
         ends = [0, *accumulate(counts)]
-        columns = self._views(payload, total)
+        columns = self.views(payload, total)
         chunks = [
             Chunk(
                 stream=StreamId(actor=actor, env=env),
@@ -136,7 +136,7 @@ class ChunkCodec:
         ]
         return RowBatch(chunks=chunks, columns=columns, ends=ends[1:])
 
-    def _views(self, payload: bytes, total: int) -> dict[str, NDArray[Any]]:
+    def views(self, payload: bytes | NDArray[np.uint8], total: int) -> dict[str, NDArray[Any]]:
         """Every column [R, ...] of a payload, in the table's order."""
         found: dict[str, NDArray[Any]] = {}
         at = 0
