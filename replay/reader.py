@@ -197,6 +197,10 @@ class LocalReader:
         self.governor.load(state)
         self._sampler.load(state["sampler"])
 
+    def settle(self, timeout: float) -> bool:
+        """Wait until all rows there are have been checked and can be drawn; False when that took longer."""
+        return self._view.settle(timeout)
+
     def close(self) -> None:
         """Let go of the maps; batches handed out stay readable while they are referenced."""
         for view in (self._view, *self._others):

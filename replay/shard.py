@@ -162,6 +162,12 @@ class ReplayShard:
         with self._changed:
             self._log.flush()
 
+    def clear(self) -> None:
+        """Evict all rows; streams go on where they are, positions and lifetime counts with them."""
+        with self._changed:
+            self._log.clear()
+            self._export()
+
     def close(self) -> None:
         """Wake waiting appends with DeadlineError and release the shard. Idempotent."""
         with self._changed:
