@@ -21,6 +21,7 @@ from system.wire import OPEN, Security
 if TYPE_CHECKING:
     from actors.actor import Actor
     from replay.limiter import RateLimiter
+    from replay.pins import PinStore
     from replay.reader import LocalReader
     from replay.service import ShardServer
     from replay.shard import ReplayShard
@@ -103,23 +104,43 @@ def replay_reader(
     metrics: Metrics,
     *,
     limiter: RateLimiter | None = None,
+    pins: PinStore | None = None,
 ) -> LocalReader:
     """The learner's reader; with no `shards` and a limiter of one's own, a mere look into the replay."""
+    from replay.batch_spec import BatchSpec
     from replay.client import GrpcShardControl
     from replay.reader import LocalReader
+    from replay.selection import Sampling
+
+    replay = config.replay
 
     return LocalReader(
         Path(run_dir) / "replay",
         table_spec(config, env_spec),
-        batch=config.learner.batch,
-        length=config.learner.length,
-        context=config.learner.context,
+        spec=BatchSpec(
+            batch=config.learner.batch, length=config.learner.length, context=config.learner.context
+        ),
+        sampling=Sampling(
+            shares=replay.sampling.shares,
+            exponent=replay.priority.exponent,
+            importance=replay.priority.importance,
+        ),
+        sources={name: (source.path, source.weight) for name, source in replay.sources.items()},
+        own_weight=replay.own_weight,
         seed=child_seed(config.seed, "sampler"),
         limiter=limiter or rate_limiter(config),
         controls=[GrpcShardControl(address, security=security(config)) for address in shards],
         ring=reader_ring(config),
+        before_overwrite=pins.before if pins is not None else None,
         metrics=metrics,
     )
+
+
+def replay_pins(config: RunConfig, run_dir: str) -> PinStore:
+    """What remembers, and in exact mode holds on to, the rows of every checkpoint."""
+    from replay.pins import PinStore
+
+    return PinStore(Path(run_dir) / "replay", hold=config.replay.resume == "exact")
 
 
 def reader_ring(config: RunConfig) -> int:

@@ -5,7 +5,7 @@ in slices. The only role that loads torch for training. Neighbours: `learner.loo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,20 +65,24 @@ class LearnerRole:
         torch.set_num_threads(config.learner.threads)
         env_spec = EnvSpec.from_json(spec.env_spec)
         agent = assemble.agent(config, env_spec)
+        self._pins = assemble.replay_pins(config, spec.run_dir)
         self._reader = assemble.replay_reader(
-            config, env_spec, spec.run_dir, spec.shard_addresses, self.metrics
+            config, env_spec, spec.run_dir, spec.shard_addresses, self.metrics, pins=self._pins
         )
         sink = GrpcWeightSink(spec.params_address, security=assemble.security(config))
         publisher = Publisher(agent, sink, config.learner.publish_updates, metrics=self.metrics)
         run_dir = RunDirectory(Path(spec.run_dir))
         store = CheckpointStore(run_dir.checkpoints, config.learner.keep_checkpoints)
         named = signature(config, env_spec)
-        progress = resume(store, agent, self._reader, publisher, named)
         batches = Batches(
             self._reader,
             config.learner.prefetch,
             BATCH_SECONDS,
             ring=assemble.reader_ring(config),
+            exact=config.replay.resume == "exact",
+        )
+        progress = resume(
+            store, agent, batches, publisher, named, note=lambda meta: self._compare(run_dir, meta)
         )
         self._loop: Iterator[LearnerTick] = learn_loop(
             agent,
@@ -90,9 +94,17 @@ class LearnerRole:
             checkpoint_asked=lambda: taken(run_dir.checkpoint_request),
             until=lambda: self._stopping,
             progress=progress,
+            cuts=self._pins,
             metrics=self.metrics,
         )
-        return {"updates": progress.updates}
+        return {"updates": progress.updates, "younger_rows": self._younger}
+
+    def _compare(self, run_dir: RunDirectory, meta: Mapping[str, Any]) -> None:
+        """Say how the replay differs from the one the checkpoint saw; wait for all of it when it is the same."""
+        from deploy.resume import compare_replay
+
+        self._younger = compare_replay(self._config, run_dir, meta, self._reader)
+        self.metrics["learner_younger_rows"].set(self._younger)
 
     def work(self, seconds: float) -> dict[str, Any]:
         """Advance the loop for about `seconds`, at least one tick."""
@@ -105,6 +117,7 @@ class LearnerRole:
                 break
         return self._status(tick)
 
+    _younger = 0  # rows in replay that the weights resumed from had not seen
     _newest: dict[str, float] = {}  # noqa: RUF012 (replaced, never changed in place)
 
     def _status(self, tick: LearnerTick | None) -> dict[str, Any]:
@@ -114,6 +127,7 @@ class LearnerRole:
             "inserted": limiter.inserted,
             "train_ratio": limiter.held_ratio if limiter.prefilled else None,
             "metrics": self._newest,
+            "younger_rows": self._younger,
         }
         if tick is not None:
             done = tick.progress
@@ -131,4 +145,5 @@ class LearnerRole:
         self._stopping = True
         ticks = list(self._loop)
         self._reader.close()
+        self._pins.close()
         return self._status(ticks[-1] if ticks else None)

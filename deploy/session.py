@@ -102,6 +102,9 @@ class Session:
         self._fleet = self._fleet_factory(self.config, self.run_dir.path)
         self.driver = Driver(self.config, env_spec, self._fleet, self.run_dir)
         if self.resumed:
+            from deploy.resume import prepare_replay
+
+            prepare_replay(self.config, env_spec, self.run_dir)  # now that nothing old runs any more
             self._recall(self.driver)
         self._files = MetricFiles(self.run_dir.metrics)
         self.driver.metrics_port = self.metrics.serve(

@@ -70,6 +70,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("replay_insert_wait_seconds_total", "Seconds appends waited for the limiter."),
     _histogram("replay_append_seconds", "Time from append call to acknowledgement."),
     # learner
+    _gauge("learner_younger_rows", "Rows in replay that the resumed weights had not seen, at the start."),
     _counter("learner_updates_total", "Gradient updates done."),
     _counter("learner_rows_trained_total", "Rows trained on, context excluded."),
     _gauge("learner_train_ratio", "Trained rows per inserted row since prefill."),
