@@ -14,7 +14,7 @@ import grpc
 
 from replay.experience_pb2 import AppendReply, GrantRequest, StatsRequest
 from replay.experience_pb2_grpc import ReplayServiceStub
-from replay.messages import ChunkCodec
+from replay.messages import RowCodec
 from replay.shard import ShardStats
 from system.errors import DeadlineError, DreamfleetError
 from system.experience import Ack, Chunk
@@ -36,7 +36,7 @@ class GrpcReplayWriter:
         self, address: str, table: TableSpec, *, role: str = "actor", security: Security = OPEN
     ) -> None:
         self._peer = f"replay shard {address}"
-        self._codec = ChunkCodec(table)
+        self._codec = RowCodec(table)
         self._channel = open_channel(address, security)
         self._metadata = call_metadata(role, security)
         # Messages are encoded already. A stream of one message may be sent as a plain call, which costs half.

@@ -17,7 +17,7 @@ import grpc
 from numpy.typing import NDArray
 
 from replay.experience_pb2 import ReadReply, ReadRequest
-from replay.messages import MESSAGE_BYTES, ChunkCodec
+from replay.messages import MESSAGE_BYTES, RowCodec
 from replay.rows import RowsGone, RowViews, copy_rows
 from replay.served import Span
 
@@ -68,7 +68,7 @@ class RowFetcher:
 
     def __init__(
         self,
-        codec: ChunkCodec,
+        codec: RowCodec,
         ask: Ask,
         failed: Callable[[Any], None],
         *,

@@ -30,14 +30,14 @@ Part = tuple[Chunk, int, int]  # rows start .. stop - 1 of a chunk
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowBatch:
-    """Made by ChunkCodec, taken by the shard. The chunks' columns are slices of `columns`, in order."""
+    """Made by RowCodec, taken by the shard. The chunks' columns are slices of `columns`, in order."""
 
     chunks: list[Chunk]
     columns: dict[str, NDArray[Any]]  # each [R, ...], the rows of all chunks
     ends: list[int]  # row behind each chunk
 
 
-class ChunkCodec:
+class RowCodec:
     """Chunks of one table to AppendRequests and back. What follows from the schema is worked out once."""
 
     def __init__(self, table: TableSpec) -> None:

@@ -24,7 +24,7 @@ from replay.experience_pb2 import BoundsReply, BoundsRequest, ReadRequest, Write
 from replay.experience_pb2_grpc import ReplayServiceStub
 from replay.fetch import RowFetcher
 from replay.index import Run, StartIndex
-from replay.messages import ChunkCodec
+from replay.messages import RowCodec
 from replay.rows import Home, RowViews
 from system.metrics import Metrics
 from system.specs import TableSpec
@@ -101,7 +101,7 @@ class RemoteShard:
         The shard counts as dead after `patience_seconds` of silence; up to `parallel` reads are on their way.
         """
         self.index = index
-        self._codec = ChunkCodec(table)
+        self._codec = RowCodec(table)
         self._find = address if callable(address) else None
         self._address = "" if callable(address) else address
         self._security = security

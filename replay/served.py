@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from replay.follow import MappedShard
 from replay.index import StartIndex
-from replay.messages import ChunkCodec
+from replay.messages import RowCodec
 from replay.rows import Home, RowsGone, RowViews
 from replay.vetting import Vetting
 from system.errors import RejectedError
@@ -38,7 +38,7 @@ class Span(NamedTuple):
 class ServedRows:
     """The rows of one shard directory by position. Safe for many threads; one reads at a time."""
 
-    def __init__(self, directory: Path, index: int, codec: ChunkCodec) -> None:
+    def __init__(self, directory: Path, index: int, codec: RowCodec) -> None:
         """Raises: FileNotFoundError when the shard has not been made."""
         self.life = secrets.randbits(63) | 1
         self._codec = codec

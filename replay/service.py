@@ -32,7 +32,7 @@ from replay.experience_pb2 import (
     WriteBackRequest,
 )
 from replay.experience_pb2_grpc import ReplayServiceServicer, add_ReplayServiceServicer_to_server
-from replay.messages import ChunkCodec, rows_claimed
+from replay.messages import RowCodec, rows_claimed
 from replay.served import ServedRows, Span
 from replay.shard import ReplayShard
 from system.errors import DeadlineError, PreflightError, RejectedError
@@ -56,7 +56,7 @@ class ReplayServicer(ReplayServiceServicer):
 
     def __init__(self, shard: ReplayShard, append_slots: int) -> None:
         self._shard = shard
-        self._codec = ChunkCodec(shard.table)
+        self._codec = RowCodec(shard.table)
         self._served = ServedRows(shard.directory, shard.index, self._codec)
         self._reads = threading.BoundedSemaphore(READ_SLOTS)
         self._slots = threading.BoundedSemaphore(append_slots)

@@ -1,4 +1,4 @@
-"""Shards read over the wire: the same rows as on their node, and what happens when they die, move, come back."""
+"""Shards read over the wire: the same rows as on their node; what happens when they die, move, come back."""
 
 import threading
 import time
@@ -222,6 +222,7 @@ def test_a_learner_reads_what_it_wrote_back(cluster: Cluster) -> None:
     remote = cluster.remote(0)
     wait_for(remote, lambda: index.rows == 400, index)
     home = index.streams[0, 0].runs[0].home
+    new = np.zeros((10, 2), np.uint16)
     for value in range(50):
         home.will_need(5, 20)  # on its way while the rows change
         new = np.full((10, 2), 1000 + value, np.uint16)

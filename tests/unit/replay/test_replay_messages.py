@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from replay import synthetic
 from replay.admission import all_sound, check_chunk
 from replay.experience_pb2 import AppendRequest
-from replay.messages import ChunkCodec, RowBatch, rows_claimed
+from replay.messages import RowCodec, RowBatch, rows_claimed
 from replay.shard import ReplayShard
 from system.errors import RejectedError
 from system.experience import Chunk, StreamId
 from system.specs import TableSpec
 
 TABLE = synthetic.vector_table()
-CODEC = ChunkCodec(TABLE)
+CODEC = RowCodec(TABLE)
 STREAMS = [StreamId(actor=0, env=e) for e in range(3)]
 CHUNKS = [synthetic.rows(TABLE, s, 0, n, episode_length=7) for s, n in zip(STREAMS, (9, 1, 20), strict=True)]
 (ENCODED,) = CODEC.encode(CHUNKS)
@@ -58,7 +58,7 @@ def test_columns_come_back_whole_and_aligned() -> None:
 def test_the_payload_does_not_depend_on_the_order_in_which_a_schema_names_its_columns() -> None:
     again = TableSpec.from_json(TABLE.to_json())
     assert list(again.all) != list(TABLE.all)
-    assert list(ChunkCodec(again).encode(CHUNKS)) == [ENCODED]
+    assert list(RowCodec(again).encode(CHUNKS)) == [ENCODED]
 
 
 def test_many_chunks_are_judged_at_once_as_one_by_one() -> None:

@@ -13,7 +13,7 @@ from replay import synthetic
 from replay.client import GrpcReplayWriter, GrpcShardControl
 from replay.experience_pb2 import AppendRequest, GrantRequest
 from replay.experience_pb2_grpc import ReplayServiceStub
-from replay.messages import MESSAGE_BYTES, ChunkCodec
+from replay.messages import MESSAGE_BYTES, RowCodec
 from replay.service import ShardServer, serve_shard
 from replay.shard import ReplayShard
 from system.errors import DeadlineError, RejectedError, SchemaError
@@ -57,7 +57,7 @@ def message(**changes: object) -> AppendRequest:
     """Ten sound rows; `changes` are columns to send instead, or fields of the message."""
     columns = dict(rows(0, 10).columns)
     columns |= {name: value for name, value in changes.items() if name in columns}
-    (encoded,) = ChunkCodec(TABLE).encode([Chunk(stream=StreamId(actor=0, env=0), columns=columns)])
+    (encoded,) = RowCodec(TABLE).encode([Chunk(stream=StreamId(actor=0, env=0), columns=columns)])
     request = AppendRequest.FromString(encoded)
     fields = {field.name: getattr(request, field.name) for field in request.DESCRIPTOR.fields}
     return AppendRequest(**(fields | {k: v for k, v in changes.items() if k in fields}))
@@ -117,7 +117,7 @@ def test_statistics_travel_whole(shard: ReplayShard, server: ShardServer) -> Non
 def test_long_appends_are_cut_into_bounded_messages() -> None:
     table = synthetic.image_table()
     chunks = [synthetic.rows(table, StreamId(actor=0, env=e), 0, 200) for e in range(2)]
-    codec = ChunkCodec(table)
+    codec = RowCodec(table)
     messages = list(codec.encode(chunks))
     assert len(messages) == 3
     assert all(len(m) < MESSAGE_BYTES + (64 << 10) for m in messages)
