@@ -33,6 +33,7 @@ from replay.cut import segment_key
 from replay.overlay import MappedOverlay, map_file, map_rows
 from replay.rows import RowsGone, RowViews
 from replay.segment import CHUNK_ROWS, Geometry, Segment, data_path
+from replay.vetting import sealed_rows
 from system.errors import IntegrityError, PreflightError, SchemaError
 from system.specs import ArraySpec, TableSpec
 
@@ -307,6 +308,10 @@ class ColdSegment:
             for _, offset, size in column.stored(first, count):
                 start = offset // mmap.PAGESIZE * mmap.PAGESIZE
                 stored.madvise(mmap.MADV_WILLNEED, start, offset + size - start)
+
+    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
+        """As SegmentHome."""
+        return sealed_rows(self.path, self.committed)
 
     def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:
         """As Home."""

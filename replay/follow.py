@@ -6,11 +6,12 @@ and lists again. Between `view` (all shards) and the homes of the tiers (which c
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,8 @@ from replay.admission import MAX_ACTOR, MAX_ENV, stream_key
 from replay.catalog import Catalog
 from replay.index import Run, StartIndex
 from replay.raw import open_raw
-from replay.rows import Home
+from replay.rows import Home, SegmentHome
+from replay.vetting import Verdict, Vetting, judge
 from system.errors import IntegrityError, PreflightError, SchemaError
 from system.experience import StreamId
 from system.metrics import Metrics
@@ -28,30 +30,12 @@ from system.specs import TableSpec
 
 log = logging.getLogger(__name__)
 
-
-class SegmentHome(Home, Protocol):
-    """One segment in some tier; row r of slot s is row s * slot_rows + r of the home."""
-
-    @property
-    def slot_rows(self) -> int:
-        """Rows of one slot (T)."""
-        ...
-
-    @property
-    def slots(self) -> NDArray[np.int64]:
-        """Actor, env and first position of each slot [S, 3]; -1 when free."""
-        ...
-
-    @property
-    def committed(self) -> NDArray[np.int64]:
-        """Complete rows of each slot [S]; grows under a mapped segment that is being filled."""
-        ...
-
-    @property
-    def distant(self) -> bool:
-        """As ShardView."""
-        ...
-
+AT_ONCE_NBYTES = 16 << 20
+"""Rows that a listing checks itself, some milliseconds' worth; more wait for the vetting thread."""
+ALIVE_SECONDS = 1.0
+"""How long an answer to `alive` is believed."""
+DISTANT_SECONDS, DISTANT_SHARE, LOOKS = 1.0, 0.1, 64
+"""How long an answer to `distant` is believed; True beyond this share of about so many segments looked at."""
 
 OpenSegment = Callable[[Path, TableSpec], SegmentHome]
 """Opens a segment of one tier. Raises: FileNotFoundError when it is gone; IntegrityError, SchemaError,
@@ -106,14 +90,28 @@ class _Followed:
         self.home = home
         self.known = np.zeros(len(home.committed), np.int64)  # [S]
         self.runs: list[Run[Home] | None] = [None] * len(self.known)
+        self.limit: NDArray[np.int64] | None = None  # [S] rows that may be read, where some may not
 
     @property
     def full(self) -> bool:
-        return bool((self.known == self.home.slot_rows).all())
+        rows = self.home.slot_rows
+        return bool((self.known == (rows if self.limit is None else np.minimum(self.limit, rows))).all())
+
+    def believe(self, good: NDArray[np.int64], seen: NDArray[np.int64]) -> int:
+        """Of the `seen` rows of each slot [S] only `good` [S] may be read; return how many that costs.
+
+        A slot with damage is read up to there and no further, whatever is appended to it.
+        """
+        lost = int((seen - good).sum())
+        if lost:
+            self.limit = np.where(good < seen, good, self.home.slot_rows)
+        return lost
 
     def read_counters(self, index: StartIndex[Home]) -> bool:
         """Tell the index of new rows; False when nothing changed."""
         now = self.home.committed.copy()  # one load of the counters; rows behind it are complete
+        if self.limit is not None:
+            now = np.minimum(now, self.limit)
         changed = np.flatnonzero(now != self.known)
         if not len(changed):
             return False
@@ -139,28 +137,47 @@ class MappedShard:
         directory: Path,
         index: int,
         table: TableSpec,
+        vetting: Vetting,
         *,
         openers: Mapping[str, OpenSegment] = OPENERS,
         metrics: Metrics | None = None,
     ) -> None:
         """Follow shard `index`. Raises: FileNotFoundError while it is being made."""
         self.index = index
-        self.distant = False
         self._directory = directory
         self._inode = directory.stat().st_ino
         self._table = table
+        self._vetting = vetting
         self._openers = openers
         self._metrics = metrics
         self._catalog = Catalog(directory, writable=False)
         self._generation = -1
-        self._segments: dict[Key, _Followed] = {}  # oldest first
+        self._segments: dict[Key, _Followed] = {}
         self._growing: list[_Followed] = []  # those with a slot that is not full
-        self._skipped: dict[Path, str] = {}  # segments that cannot be read, and why
+        self._suspects: dict[Key, tuple[_Followed, NDArray[np.int64], Verdict]] = {}  # rows seen [S]
+        self._skipped: set[Path] = set()  # damaged ones
+        self._alive, self._alive_until = True, 0.0
+        self._distant, self._distant_until, self._looks = False, 0.0, 0
 
     @property
     def alive(self) -> bool:
         """As ShardView."""
-        return True
+        now = time.monotonic()
+        if now >= self._alive_until:
+            self._alive, self._alive_until = layout.lock_held(self._directory), now + ALIVE_SECONDS
+        return self._alive
+
+    @property
+    def distant(self) -> bool:
+        """As ShardView; looked at now and then, because residents of the page cache change."""
+        now = time.monotonic()
+        if now >= self._distant_until:
+            homes = [followed.home for followed in self._segments.values()]
+            looked = homes[self._looks % (len(homes) // LOOKS + 1) :: len(homes) // LOOKS + 1]
+            away = sum(home.distant for home in looked)
+            self._distant, self._distant_until = away > DISTANT_SHARE * len(looked), now + DISTANT_SECONDS
+            self._looks += 1
+        return self._distant
 
     @property
     def inserted(self) -> int:
@@ -177,9 +194,18 @@ class MappedShard:
         """As ShardView."""
         return sum(int(followed.known.sum()) for followed in self._segments.values())
 
+    @property
+    def unvetted(self) -> int:
+        """Segments that are not read yet because their checksums wait to be looked at."""
+        return len(self._suspects)
+
     def capacity(self) -> tuple[int, int] | None:
         """As ShardView."""
-        about = layout.read_json(self._directory / "shard.json")
+        try:
+            about = layout.read_json(self._directory / "shard.json")
+        except IntegrityError as error:
+            log.warning("shard.json unreadable", extra={"shard": self.index, "why": str(error)})
+            return None
         if about is None:
             return None
         return int(about["capacity_rows"]), int(about["slots"]) * int(about["rows"])
@@ -196,6 +222,8 @@ class MappedShard:
         generation = self._catalog["generation"]
         if generation != self._generation and self._list(index):
             self._generation = generation
+        if self._suspects:
+            self._take_verdicts()
         grown = [followed.read_counters(index) for followed in self._growing]
         if any(grown):
             self._growing = [followed for followed in self._growing if not followed.full]
@@ -206,7 +234,10 @@ class MappedShard:
             index.drop(followed.home)
         self._segments.clear()
         self._growing.clear()
+        self._suspects.clear()
         self._generation = -1
+
+    # ---- which segments there are -----------------------------------------------------------------
 
     def _list(self, index: StartIndex[Home]) -> bool:
         """Open what is new, drop what is gone; False when the listing was overtaken and must be repeated."""
@@ -214,24 +245,36 @@ class MappedShard:
             paths = list_segments(self._directory, self.index, self._openers)
         except FileNotFoundError:
             return False
-        self._skipped = {path: why for path, why in self._skipped.items() if path in paths.values()}
+        self._skipped &= set(paths.values())
         settled = True
         for key in [key for key in self._segments if key not in paths]:
             index.drop(self._segments.pop(key).home)
-        for key, path in paths.items():
+        self._suspects = {key: one for key, one in self._suspects.items() if paths.get(key) == one[0].path}
+        vouched = layout.read_verified(self._directory) if self.alive else None
+        budget = AT_ONCE_NBYTES
+        for key, path in reversed(paths.items()):
             before = self._segments.get(key)
-            if path in self._skipped or (before is not None and before.path == path):
+            if path in self._skipped or key in self._suspects or (before is not None and before.path == path):
                 continue
             try:
                 followed = _Followed(path, key[0], self._open(path))
-            except FileNotFoundError:  # evicted or moved between listing and opening
-                settled = False
+            except FileNotFoundError as error:
+                if path.exists():
+                    self._skip(
+                        path, IntegrityError(f"{path} lacks {error.filename}; `dreamfleet replay repair`")
+                    )
+                else:  # evicted or moved between listing and opening
+                    settled = False
                 continue
             except (IntegrityError, SchemaError, PreflightError) as error:
                 self._skip(path, error)
                 continue
             if before is not None:  # now in another tier
+                followed.limit = before.limit
                 index.drop(before.home)
+            elif vouched is None or path.name not in vouched:
+                budget -= self._suspect(key, followed, budget)
+                continue
             self._segments[key] = followed
         self._growing = [followed for followed in self._segments.values() if not followed.full]
         return settled
@@ -239,19 +282,61 @@ class MappedShard:
     def _open(self, path: Path) -> SegmentHome:
         """Raises as OpenSegment, and IntegrityError for counters that cannot be."""
         home = self._openers[ending_of(path)](path, self._table)
-        used = home.committed > 0
+        used = home.committed != 0
         names, counts = home.slots[used], home.committed[used]
         if len(names):
             actor, env, start = names.T
             sane = (actor >= 0) & (actor < MAX_ACTOR) & (env >= 0) & (env < MAX_ENV) & (start >= 0)
-            if not (sane & (counts <= home.slot_rows)).all():
+            if not (sane & (counts > 0) & (counts <= home.slot_rows)).all():
                 raise IntegrityError(f"{path} has impossible slots; `dreamfleet replay repair` takes it out")
         return home
+
+    def _suspect(self, key: Key, followed: _Followed, budget: int) -> int:
+        """Have a segment vetted: at once within `budget` bytes, in the background otherwise; return bytes."""
+        seen = followed.home.committed.copy()
+        nbytes = int(seen.sum()) * self._table.row_nbytes
+        work = functools.partial(followed.home.good_rows, mend=not self.alive)
+        if nbytes == 0:  # seen from its first row on
+            verdict = Verdict()
+            verdict.good, verdict.done = seen, True
+        elif nbytes <= budget:
+            verdict = judge(work, Verdict())
+        else:
+            nbytes, verdict = 0, self._vetting.submit(int(followed.path.name[:8]), work)
+        self._suspects[key] = (followed, seen, verdict)
+        return nbytes
+
+    def _take_verdicts(self) -> None:
+        """Read what was found sound, leave out what was not."""
+        for key, (followed, seen, verdict) in list(self._suspects.items()):
+            if not verdict.done:
+                continue
+            del self._suspects[key]
+            if isinstance(verdict.error, (IntegrityError, PreflightError)):
+                self._skip(followed.path, verdict.error)
+            elif isinstance(verdict.error, FileNotFoundError):  # gone or moved meanwhile
+                self._generation = -1
+            elif verdict.error is not None:
+                raise verdict.error
+            else:
+                assert verdict.good is not None
+                lost = followed.believe(verdict.good, seen)
+                if lost:
+                    self._count("replay_rows_skipped_total", lost)
+                    what = {"segment": str(followed.path), "rows": lost}
+                    log.warning("replay rows skipped: their checksums fail", extra=what)
+                self._segments[key] = followed
+                self._growing.append(followed)
 
     def _skip(self, path: Path, error: Exception) -> None:
         """Damage costs the segment, never the training: its owner quarantines it."""
         reason = {IntegrityError: "damaged", SchemaError: "schema"}.get(type(error), "unreadable")
-        self._skipped[path] = str(error)
+        if reason != "unreadable":  # what the system refused now may be granted later
+            self._skipped.add(path)
         log.warning("replay segment skipped", extra={"segment": str(path), "why": str(error)})
+        self._count("replay_segments_skipped_total", 1, reason=reason)
+
+    def _count(self, name: str, amount: int, **labels: str) -> None:
         if self._metrics is not None:
-            self._metrics.labels("replay_segments_skipped_total", reason=reason).inc()
+            counter = self._metrics.labels(name, **labels) if labels else self._metrics[name]
+            counter.inc(amount)

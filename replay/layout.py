@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from replay.schema import check_readable
 from system.errors import IntegrityError, PreflightError, SchemaError
 from system.specs import TableSpec
 
@@ -201,6 +202,22 @@ def open_table(root: Path, table: TableSpec) -> str:
 
 def check_table(root: Path, table: TableSpec) -> str:
     """Return the replay's id. Raises as `open_table`; SchemaError when there is no table at all."""
+    found, replay_id = read_table(root)
+    if found.digest != table.digest:
+        check_readable(root, found, table)  # says what is in the way
+        raise SchemaError(
+            f"replay at {root} has schema {found.digest[:12]} but this run writes {table.digest[:12]} "
+            f"(stored: {', '.join(sorted(found.all))}; wanted: {', '.join(sorted(table.all))}); choose another "
+            "replay root, read this one as one of replay.sources, or run with the settings that made it"
+        )
+    return replay_id
+
+
+def read_table(root: Path) -> tuple[TableSpec, str]:
+    """Schema and id of the replay at `root`.
+
+    Raises: SchemaError when there is none or it has another format; IntegrityError when it is damaged.
+    """
     path = root / "table.json"
     value = read_json(path)
     if value is None:
@@ -216,27 +233,7 @@ def check_table(root: Path, table: TableSpec) -> str:
         raise _broken(path, f"no valid schema: {error!r}") from error
     if found.digest != value.get("digest"):
         raise _broken(path, "schema and digest disagree")
-    if found.digest != table.digest:
-        raise SchemaError(
-            f"replay at {root} has schema {found.digest[:12]} but this run needs {table.digest[:12]} "
-            f"({_difference(found, table)}); choose another replay root or run with the settings that made it"
-        )
-    return str(value.get("replay", ""))
-
-
-def _difference(found: TableSpec, wanted: TableSpec) -> str:
-    parts: list[str] = []
-    for part, a, b in (
-        ("column", found.columns, wanted.columns),
-        ("overlay", found.overlay, wanted.overlay),
-    ):
-        parts += [f"{part} {k} only on disk" for k in sorted(set(a) - set(b))]
-        parts += [f"{part} {k} only in this run" for k in sorted(set(b) - set(a))]
-        for k in sorted(set(a) & set(b)):
-            if a[k] != b[k]:
-                there, here = (f"{s.dtype}{list(s.shape)} {s.kind} {s.classes}" for s in (a[k], b[k]))
-                parts.append(f"{part} {k}: {there} on disk, {here} in this run")
-    return "; ".join(parts)
+    return found, str(value.get("replay", ""))
 
 
 def take_lock(directory: Path) -> IO[str]:
@@ -263,6 +260,19 @@ def take_lock(directory: Path) -> IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def lock_held(directory: Path) -> bool:
+    """Whether some process owns the shard, without disturbing it; True where the system does not tell."""
+    try:
+        inode = (directory / "shard.lock").stat().st_ino
+    except FileNotFoundError:
+        return False
+    try:
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return True
+    return any(f":{inode} " in line and "FLOCK" in line for line in locks.splitlines())
 
 
 def sweep(directory: Path) -> None:

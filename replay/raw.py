@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from replay import seal
 from replay.checks import CHECK
 from replay.cut import segment_key
+from replay.pages import is_resident, read_ahead
 from replay.rows import MemoryHome
 from replay.segment import Segment
+from replay.vetting import sealed_rows
 from system.specs import TableSpec
+
+log = logging.getLogger(__name__)
+
+LOOKS = 4
+"""Pages of a segment that are looked at to tell whether it is in memory."""
 
 
 class MappedSegment(MemoryHome):
@@ -22,7 +32,9 @@ class MappedSegment(MemoryHome):
         arrays = {**segment.columns, **segment.overlay}
         flat = {name: a.reshape(-1, *a.shape[2:]) for name, a in arrays.items()}
         super().__init__(flat, segment.overlay)
-        self.distant = False
+        self._places = [
+            (a.ctypes.data, size) for a, size in zip(flat.values(), self.views.sizes, strict=True)
+        ]
         self.overlay_key = segment_key(segment.path)
         checks = {CHECK: segment.overlay_check.reshape(-1)} if segment.overlay else {}
         self.overlay_files = {**self.overlay, **checks}  # [S * T, ...]
@@ -41,6 +53,39 @@ class MappedSegment(MemoryHome):
     def committed(self) -> NDArray[np.int64]:
         """Complete rows of each slot [S]."""
         return self.segment.committed
+
+    @property
+    def distant(self) -> bool:
+        """As SegmentHome: whether pages of the widest column had to be read from the device."""
+        address, nbytes = max(self._places, key=lambda place: place[1])
+        rows = [
+            slot * self.slot_rows + used // 2 for slot, used in enumerate(self.committed.tolist()) if used
+        ]
+        return not all(is_resident(address + row * nbytes) for row in rows[:: max(1, len(rows) // LOOKS)])
+
+    def will_need(self, first: int, count: int) -> None:
+        """As Home: the kernel reads the pages, while this goes on."""
+        for address, nbytes in self._places:
+            read_ahead(address + first * nbytes, count * nbytes)
+
+    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
+        """As SegmentHome."""
+        if mend and (mended := self.segment.mend_overlay()):
+            log.warning("overlay rows reset", extra={"segment": self.segment.path.name, "rows": mended})
+        if seal.is_sealed(self.segment.path):
+            return sealed_rows(self.segment.path, self.committed)
+        good = np.zeros(len(self.committed), np.int64)
+        for slot, used in enumerate(self.committed.tolist()):
+            if used:
+                self.will_need(slot * self.slot_rows, used)
+                good[slot] = self.segment.good_rows(slot)
+        return good
+
+    def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:
+        """As Home; the checksums of the rows follow."""
+        written = super().write_overlay(name, first, values)
+        self.segment.check_overlay(first, written)
+        return written
 
 
 def open_raw(path: Path, table: TableSpec) -> MappedSegment:

@@ -7,19 +7,26 @@ tolerates eviction, damage and changes of tier under it. `replay.sampler` decide
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 from replay import layout
-from replay.follow import MappedShard
+from replay.evolve import evolving
+from replay.follow import OPENERS, MappedShard
 from replay.index import StartIndex
 from replay.rows import Home
+from replay.schema import check_readable
 from replay.segment import allow_many_files
+from replay.vetting import Vetting
 from system.metrics import Metrics
 from system.specs import TableSpec
 
 log = logging.getLogger(__name__)
+
+FRESH_NANOSECONDS = 50_000_000
+"""A directory changed so recently may change again without a new time stamp."""
 
 
 class ShardView(Protocol):
@@ -78,20 +85,30 @@ class TableView:
         length: int,
         *,
         remotes: Iterable[ShardView] = (),
+        stored: TableSpec | None = None,
+        foreign: bool = False,
         metrics: Metrics | None = None,
     ) -> None:
         """Follow the shards under `root` and `remotes` for sequences of `length` rows.
 
-        A shard that lies under `root` is read there, even if `remotes` has it too.
+        A shard that lies under `root` is read there, even if `remotes` has it too. `stored` is the
+        schema on disk where rows are read under another. A `foreign` table must exist and may have any schema
+        that can be read as `table` (`replay.schema`); its overlays read as zeros and are never written.
         Raises: SchemaError, IntegrityError or PreflightError as `layout.open_table`.
         """
-        layout.open_table(root, table)
+        if foreign:
+            stored, _ = layout.read_table(root)
+            check_readable(root, stored, table)
+        else:
+            layout.open_table(root, stored or table)
+        self._openers = evolving(OPENERS, stored, foreign=foreign) if stored is not None else OPENERS
         allow_many_files()
         self.root = root
         self.table = table
         self.index: StartIndex[Home] = StartIndex(length)
         self._metrics = metrics
         self._remotes = list(remotes)
+        self._vetting = Vetting()
         self._mapped: dict[int, MappedShard] = {}
         self._root_mtime = -1
         self._views: list[ShardView] = []
@@ -104,7 +121,8 @@ class TableView:
         except FileNotFoundError:
             mtime = 0
         if mtime != self._root_mtime:
-            self._root_mtime = mtime if self._list_shards() else -1
+            settled = self._list_shards() and time.time_ns() - mtime > FRESH_NANOSECONDS
+            self._root_mtime = mtime if settled else -1
         for shard in self._views:
             shard.refresh(self.index)
 
@@ -123,8 +141,25 @@ class TableView:
         """See ShardView."""
         return any(shard.distant for shard in self._views)
 
+    @property
+    def unvetted(self) -> int:
+        """Segments on this node that wait for their checksums to be looked at."""
+        return sum(shard.unvetted for shard in self._mapped.values())
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until everything found so far was vetted and take it in; False when that took longer."""
+        settled = self._vetting.settle(timeout)
+        self.refresh()
+        return settled
+
+    def attach(self, shard: ShardView) -> None:
+        """Follow one more shard that lies elsewhere."""
+        self._remotes.append(shard)
+        self._root_mtime = -1
+
     def release(self) -> None:
         """Let go of everything."""
+        self._vetting.stop()
         for shard in self._views:
             shard.release(self.index)
         self._mapped.clear()
@@ -155,7 +190,14 @@ class TableView:
             if number not in self._mapped:
                 try:
                     directory = layout.shard_dir(self.root, number)
-                    self._mapped[number] = MappedShard(directory, number, self.table, metrics=self._metrics)
+                    self._mapped[number] = MappedShard(
+                        directory,
+                        number,
+                        self.table,
+                        self._vetting,
+                        openers=self._openers,
+                        metrics=self._metrics,
+                    )
                 except FileNotFoundError:  # being made right now
                     complete = False
         remote = []

@@ -1,0 +1,290 @@
+"""What a reader makes of shards that grow, move, vanish and rot under it."""
+
+import random
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from replay import follow, layout, synthetic
+from replay.catalog import Catalog
+from replay.follow import MappedShard
+from replay.index import StartIndex
+from replay.raw import open_raw
+from replay.rows import Home, RowViews
+from replay.segment import data_path
+from replay.shard import ReplayShard
+from replay.vetting import Vetting
+from replay.view import TableView
+from system.experience import StreamId
+from system.metrics import Metrics
+
+TABLE = synthetic.vector_table()
+
+
+def append(shard: ReplayShard, start: int, count: int, *, actor: int = 0, env: int = 0) -> None:
+    chunk = synthetic.rows(TABLE, StreamId(actor=actor, env=env), start, count)
+    assert shard.append([chunk], 5.0).committed == count
+
+
+def filled(root: Path, rows: int = 300, index: int = 0) -> Path:
+    """A shard of one stream in segments of two slots of 64 rows, closed again."""
+    shard = ReplayShard(root, index, TABLE, capacity_rows=1024)
+    for start in range(0, rows, 20):
+        append(shard, start, min(20, rows - start))
+    shard.close()
+    return layout.shard_dir(root, index)
+
+
+def bounds(view: TableView, shard: int = 0, stream: int = 0) -> list[tuple[int, int]]:
+    return view.index.stream(shard, stream).bounds
+
+
+def check_rows(index: StartIndex[Home], shard: int = 0, stream: int = 0) -> int:
+    """Copy every live row of a stream and compare it with what was sent; return how many."""
+    runs, seen = index.stream(shard, stream), 0
+    for lo, hi in runs.bounds:
+        got = {name: np.zeros((hi - lo, *spec.shape), spec.dtype) for name, spec in TABLE.all.items()}
+        at = 0
+        for piece in runs.pieces(lo, hi - lo):
+            piece.home.copy_rows(RowViews(got), at, piece.first, piece.rows)
+            at += piece.rows
+        sent = synthetic.rows(TABLE, StreamId(actor=stream >> 16, env=stream & 0xFFFF), lo, hi - lo)
+        for name, values in sent.columns.items():
+            np.testing.assert_array_equal(got[name], values)
+        seen += hi - lo
+    return seen
+
+
+def segment(directory: Path, number: int) -> Path:
+    return layout.segment_paths(directory)[number]
+
+
+def flip(file: Path, at: int) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 4
+    file.write_bytes(raw)
+
+
+def test_a_flipped_row_costs_its_append_and_what_follows_in_its_slot(tmp_path: Path) -> None:
+    directory = filled(tmp_path)
+    path = segment(directory, 1)  # positions 128 .. 255 in slots of 64
+    row = TABLE.columns["vector"].nbytes
+    flip(data_path(path, "vector", 3), 25 * row)  # position 153, in the append of rows 140 .. 159
+    metrics = Metrics("run", "learner", 0)
+    view = TableView(tmp_path, TABLE, 1, metrics=metrics)
+    (before, after) = bounds(view)
+    assert before[0] == 0
+    assert 140 <= before[1] <= 153
+    assert after == (192, 300)
+    assert check_rows(view.index) == view.index.rows == 300 - (192 - before[1])
+    assert metrics.value("replay_rows_skipped_total") == 192 - before[1]
+    view.release()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "zarr.json").write_text('{"attributes": {'),
+        lambda path: (path / "zarr.json").write_text("{}"),
+        lambda path: data_path(path, "reward", 2).unlink(),
+        lambda path: data_path(path, "step", 2).write_bytes(b"short"),
+        lambda path: flip(data_path(path, "committed", 1), 5),
+        lambda path: data_path(path, "_slots", 2).write_bytes(b"\xff" * 48),
+        lambda path: shutil.rmtree(layout.overlay_path(path)),
+    ],
+)
+def test_a_damaged_segment_is_left_out_and_counted_once(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    directory = filled(tmp_path)
+    damage(segment(directory, 1))
+    metrics = Metrics("run", "learner", 0)
+    view = TableView(tmp_path, TABLE, 5, metrics=metrics)
+    assert bounds(view) == [(0, 128), (256, 300)]
+    shutil.move(segment(directory, 1), tmp_path / "taken away")
+    for _ in range(3):
+        view.refresh()
+    assert check_rows(view.index) == 172
+    assert metrics.value("replay_segments_skipped_total", reason="damaged") == 1
+    view.release()
+
+
+def test_a_segment_of_another_table_is_left_out(tmp_path: Path) -> None:
+    directory = filled(tmp_path / "a")
+    other = ReplayShard(tmp_path / "b", 0, synthetic.vector_table(vector=9), capacity_rows=1024)
+    other.append([synthetic.rows(other.table, StreamId(actor=0, env=0), 0, 9)], 5.0)
+    other.close()
+    shutil.move(segment(layout.shard_dir(tmp_path / "b", 0), 0), directory / "00000007-e0001.zarr")
+    view = TableView(tmp_path / "a", TABLE, 5)
+    assert bounds(view) == [(0, 300)]
+    view.release()
+
+
+def test_reading_goes_on_without_the_owner_and_with_the_next_one(tmp_path: Path) -> None:
+    shard = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
+    append(shard, 0, 90)
+    view = TableView(tmp_path, TABLE, 5)
+    (followed,) = view.views
+    assert followed.alive
+    shard.close()
+    view.refresh()
+    assert check_rows(view.index) == 90
+    fresh = TableView(tmp_path, TABLE, 5)
+    assert not fresh.views[0].alive
+    assert check_rows(fresh.index) == 90
+    shard = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
+    append(shard, 90, 300)
+    for reader in (view, fresh):
+        reader.refresh()
+        assert check_rows(reader.index) == 390
+        reader.release()
+    shard.close()
+
+
+def test_shards_come_and_go_and_are_replaced_under_a_reader(tmp_path: Path) -> None:
+    view = TableView(tmp_path, TABLE, 5)
+    filled(tmp_path, 100, index=0)
+    filled(tmp_path, 200, index=3)
+    view.refresh()
+    assert (view.inserted(4), view.index.rows) == ([100, 0, 0, 200], 300)
+    shutil.rmtree(layout.shard_dir(tmp_path, 0))
+    view.refresh()
+    assert (view.inserted(4), view.index.rows) == ([0, 0, 0, 200], 200)
+    shutil.rmtree(layout.shard_dir(tmp_path, 3))
+    filled(tmp_path, 40, index=3)
+    view.refresh()
+    assert (view.index.rows, check_rows(view.index, shard=3)) == (40, 40)
+    view.release()
+    assert view.index.rows == 0
+
+
+def tier_change(directory: Path, number: int) -> None:
+    """Move a segment to what the follower below takes for another tier, as the mover publishes it."""
+    path = segment(directory, number)
+    path.rename(path.with_name(path.name.replace(".zarr", ".moved.zarr")))
+
+
+def test_a_segment_may_change_its_tier_under_a_reader(tmp_path: Path) -> None:
+    directory = filled(tmp_path)
+    index: StartIndex[Home] = StartIndex(5)
+    openers = {".zarr": open_raw, ".moved.zarr": open_raw}
+    shard = MappedShard(directory, 0, TABLE, Vetting(), openers=openers)
+    shard.refresh(index)
+    tier_change(directory, 1)
+    bump(directory)
+    shard.refresh(index)
+    assert index.stream(0, 0).bounds == [(0, 300)]
+    assert check_rows(index) == 300
+    # A crash left both: the most local one is read.
+    moved = directory / "00000001-e0001.moved.zarr"
+    shutil.copytree(moved, directory / "00000001-e0001.zarr")
+    bump(directory)
+    shard.refresh(index)
+    homes = {piece.home.segment.path.name for piece in index.stream(0, 0).pieces(128, 60)}
+    assert homes == {"00000001-e0001.zarr"}
+    shard.release(index)
+    assert index.rows == 0
+
+
+def bump(directory: Path) -> None:
+    """What the owner does after each change of the set of segments."""
+    Catalog(directory, writable=True)["generation"] += 1
+
+
+def test_adopted_segments_keep_the_identity_of_their_origin(tmp_path: Path) -> None:
+    lost = filled(tmp_path, 300, index=1)
+    heir = filled(tmp_path, 50, index=2)
+    (heir / "from-0001").mkdir()
+    for entry in list(lost.glob("0*.zarr")):
+        shutil.move(entry, heir / "from-0001" / entry.name)
+    shutil.rmtree(lost)
+    view = TableView(tmp_path, TABLE, 5)
+    assert (check_rows(view.index, shard=1), check_rows(view.index, shard=2)) == (300, 50)
+    assert view.shards == 1
+    view.release()
+
+
+def test_what_is_not_vetted_yet_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path, 600)
+    monkeypatch.setattr(follow, "AT_ONCE_NBYTES", 0)
+    view = TableView(tmp_path, TABLE, 5)
+    assert view.settle(20.0)
+    assert view.unvetted == 0
+    assert check_rows(view.index) == 600
+    view.release()
+
+
+def test_the_newest_segments_are_vetted_first() -> None:
+    vetting, first, release, order = Vetting(), threading.Event(), threading.Event(), []
+
+    def block() -> np.ndarray:
+        first.set()
+        release.wait(10.0)
+        return np.zeros(1, np.int64)
+
+    def note(number: int) -> Callable[[], np.ndarray]:
+        return lambda: order.append(number) or np.zeros(1, np.int64)
+
+    verdicts = [vetting.submit(99, block)]
+    assert first.wait(10.0)
+    verdicts += [vetting.submit(number, note(number)) for number in (4, 7, 1, 9)]
+    assert vetting.waiting == 4
+    release.set()
+    assert vetting.settle(10.0)
+    assert order == [9, 7, 4, 1]
+    assert all(verdict.done for verdict in verdicts)
+
+
+def test_an_error_in_vetting_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path)
+
+    def broken(*_: object, **__: object) -> np.ndarray:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("replay.raw.MappedSegment.good_rows", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        TableView(tmp_path, TABLE, 5)
+
+
+def test_rows_are_the_same_after_they_were_read_ahead(tmp_path: Path) -> None:
+    filled(tmp_path)
+    view = TableView(tmp_path, TABLE, 5)
+    for piece in view.index.stream(0, 0).pieces(0, 300):
+        piece.home.will_need(piece.first, piece.rows)
+    assert check_rows(view.index) == 300
+    assert view.distant in (False, True)  # it depends on the page cache
+    view.release()
+
+
+def test_a_reader_beside_a_busy_shard_never_sees_a_wrong_row(tmp_path: Path) -> None:
+    shard = ReplayShard(tmp_path, 0, TABLE, capacity_rows=512)
+    append(shard, 0, 30)
+    view = TableView(tmp_path, TABLE, 9)
+    done = threading.Event()
+
+    def write() -> None:
+        sent, rng = {0: 30, 1: 0, 2: 0}, random.Random(0)
+        for _ in range(50):
+            env, count = rng.randrange(3), rng.randrange(1, 90)
+            append(shard, sent[env], count, env=env)
+            sent[env] += count
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    checked = 0
+    while not done.is_set() or not checked:
+        view.refresh()
+        checked += sum(check_rows(view.index, stream=env) for env in range(3))
+    writer.join()
+    view.refresh()
+    assert (
+        view.index.rows == shard.stats().rows == sum(check_rows(view.index, stream=env) for env in range(3))
+    )
+    assert checked > 512
+    view.release()
+    shard.close()
