@@ -93,6 +93,7 @@ def rate_limiter(config: RunConfig) -> RateLimiter:
         prefill_rows=config.prefill,
         tolerance_rows=config.tolerance,
         min_rows=config.learner.length + config.learner.context,
+        paced=config.replay.tolerance is None,
     )
 
 

@@ -52,7 +52,8 @@ class Progress:
     eta_seconds: float | None = None
     actors: int = 0
     restarts: int = 0
-    waiting: str = ""  # who waits for whom
+    waiting: str = ""  # what the learner waits for right now
+    who_waits: str = ""  # for whom, in the last minute
     learner: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
@@ -98,7 +99,7 @@ class Driver:
         self.episodes = 0
         self._episodes_seen: dict[str, int] = {}
         self.curve: list[dict[str, float]] = []
-        self.progress = Progress()
+        self.progress = Progress(train_ratio_asked=config.replay.train_ratio)
         self._draining = False
 
     def start(self) -> None:
@@ -240,7 +241,7 @@ class Driver:
         shards = [s.payload for k, s in statuses.items() if k.startswith("shard")]
         actors = {k: s for k, s in statuses.items() if k.startswith("actor")}
         learner = statuses["learner-0"].payload if "learner-0" in statuses else {}
-        progress = Progress(seconds=now - self._began, train_ratio_asked=self.config.replay.train_ratio)
+        progress = Progress(seconds=now - self._began)
         progress.env_steps_asked = self.config.env_steps
         # A shard that is being restarted says nothing for a while: counters only grow.
         progress.env_steps = max(self.progress.env_steps, sum(int(s.get("inserted", 0)) for s in shards))
@@ -248,6 +249,8 @@ class Driver:
         progress.updates = int(learner.get("updates", self.progress.updates))
         progress.update_rate = self._update_rate.add(now, progress.updates)
         progress.train_ratio = learner.get("train_ratio", self.progress.train_ratio)
+        progress.train_ratio_asked = learner.get("train_ratio_asked", self.progress.train_ratio_asked)
+        progress.who_waits = str(learner.get("governor", {}).get("line", ""))
         progress.policy_version = int(learner.get("published", 0))
         progress.learner = learner.get("metrics", {})
         progress.waiting = str(learner.get("waiting", ""))

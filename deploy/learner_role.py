@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy import assemble
+from deploy.limit import LimitKeeper
 from deploy.roles import RoleSpec
 from deploy.run_config import RunConfig
 from deploy.run_dir import RunDirectory
@@ -72,6 +73,8 @@ class LearnerRole:
         sink = GrpcWeightSink(spec.params_address, security=assemble.security(config))
         publisher = Publisher(agent, sink, config.learner.publish_updates, metrics=self.metrics)
         run_dir = RunDirectory(Path(spec.run_dir))
+        self._limits = LimitKeeper(run_dir, config, self._reader.limiter)
+        self._limits.restore()
         store = CheckpointStore(run_dir.checkpoints, config.learner.keep_checkpoints)
         named = signature(config, env_spec)
         batches = Batches(
@@ -109,6 +112,7 @@ class LearnerRole:
     def work(self, seconds: float) -> dict[str, Any]:
         """Advance the loop for about `seconds`, at least one tick."""
         until = time.monotonic() + seconds
+        self._limits.poll()
         tick: LearnerTick | None = None
         for tick in self._loop:
             if tick.metrics:
@@ -126,6 +130,8 @@ class LearnerRole:
             "owed_rows": limiter.error,
             "inserted": limiter.inserted,
             "train_ratio": limiter.held_ratio if limiter.prefilled else None,
+            "train_ratio_asked": limiter.train_ratio,
+            "governor": self._reader.governor.report(),
             "metrics": self._newest,
             "younger_rows": self._younger,
         }

@@ -43,6 +43,8 @@ def fields(progress: Progress) -> dict[str, str]:
         "actors": f"{progress.actors}, restarts {progress.restarts}",
         "ETA": _duration(progress.eta_seconds),
     }
+    if progress.who_waits:
+        out["last minute"] = progress.who_waits
     if progress.waiting:
         # The whole sentence, with its numbers, is in the learner's status.
         out["learner waits for"] = progress.waiting.split("waits for ")[-1].split(" (")[0]

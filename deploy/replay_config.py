@@ -70,7 +70,8 @@ class ReplayConfig(StrictConfig):
     prefill: int = Field(1024, ge=0)
     """Rows inserted before training starts."""
     tolerance: int | None = Field(None, ge=1)
-    """Rows that inserts may run ahead of training or behind; none: two rounds of appends or four updates."""
+    """Rows that inserts may run ahead of training or behind; none: fits the traffic, so that every minute
+    holds the train ratio within about half a percent, or one update."""
     sampling: SamplingConfig = SamplingConfig.model_construct()
     priority: PriorityConfig = PriorityConfig.model_construct()
     sources: dict[str, SourceConfig] = Field(default_factory=dict[str, SourceConfig])

@@ -175,7 +175,9 @@ class RunConfig(StrictConfig):
 
     @property
     def tolerance(self) -> int:
-        """Rows that inserts may run ahead of training, and behind: two rounds of appends, four updates."""
+        """Rows that inserts may run ahead of training, and behind; unless asked for, a bound that the
+        limiter stays within: two rounds of appends, or four updates.
+        """
         updates = math.ceil(4 * self.batch_rows / self.replay.train_ratio)
         return self.replay.tolerance or max(2 * self.chunk_total, updates)
 

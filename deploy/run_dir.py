@@ -92,6 +92,11 @@ class RunDirectory:
     incarnations_file = property(lambda self: self.path / "incarnations.json")
     checkpoint_request = property(lambda self: self.path / "checkpoint.asked")
     """Whoever creates this file gets a checkpoint: the learner takes the file away and saves."""
+    limit_request = property(lambda self: self.path / "limit.asked")
+    """Other limits somebody asked the learner for; `deploy.limit`."""
+    limit_answer = property(lambda self: self.path / "limit.answer")
+    limit_file = property(lambda self: self.path / "limit.json")
+    """Limits that were granted while the run ran, over those of the recipe."""
 
     @property
     def exists(self) -> bool:

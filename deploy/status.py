@@ -108,8 +108,16 @@ def _role_line(path: Path) -> RoleLine | None:
         pid=pid,
         incarnation=int(record.get("incarnation", 0)),
         seconds_ago=max(0.0, time.time() - float(record.get("time", 0.0))),
-        note=str(record.get("error", "")).splitlines()[0] if record.get("error") else "",
+        note=_note(record),
     )
+
+
+def _note(record: dict[str, Any]) -> str:
+    """Why a role failed, or else what the learner's governor says."""
+    if error := str(record.get("error", "")):
+        return error.splitlines()[0]
+    payload: dict[str, Any] = record.get("payload") or {}
+    return str(payload.get("governor", {}).get("line", ""))
 
 
 def run_status(path: Path) -> RunStatus:

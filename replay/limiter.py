@@ -70,7 +70,7 @@ class RateLimiter:
         self.paced = paced
         self._update_rows = 0
         self._rate = 0.0  # inserted rows per second
-        self._asked: tuple[float, int] | None = None
+        self._asked: tuple[float | None, int | None] | None = None
         self.inserted = 0
         self.live = 0
         self.starts = 0
@@ -159,22 +159,31 @@ class RateLimiter:
         """The settings that `adjust` would take. Raises: ConfigError when they would deadlock."""
         ratio = self.train_ratio if train_ratio is None else float(train_ratio)
         tolerance = self.tolerance_rows if tolerance_rows is None else tolerance_rows
+        if self.paced and tolerance_rows is None and math.isfinite(ratio) and ratio > 0:
+            tolerance = max(tolerance, _narrowest(self._update_rows, ratio))
         RateLimiter(ratio, self.prefill_rows, tolerance, self.min_rows).check_update(self._update_rows)
         return ratio, tolerance
 
     def adjust(self, *, train_ratio: float | None = None, tolerance_rows: int | None = None) -> None:
         """Change the band while running. What is owed in inserted rows stays owed; the past is not recounted.
 
+        A tolerance given here is held as it is: the limiter is no longer paced.
         Raises: ConfigError as the constructor and `check_update`, and nothing is changed.
         """
         ratio, tolerance = self.check_adjust(train_ratio=train_ratio, tolerance_rows=tolerance_rows)
         if self.prefilled and ratio != self.train_ratio:
             self._rebase(self.error / self.train_ratio)
         self.train_ratio, self.tolerance_rows = ratio, tolerance
+        self.paced = self.paced and tolerance_rows is None
 
     def request(self, *, train_ratio: float | None = None, tolerance_rows: int | None = None) -> None:
         """As `adjust`, from any thread: checked here, taken up by the owner's next `observe`."""
-        self._asked = self.check_adjust(train_ratio=train_ratio, tolerance_rows=tolerance_rows)
+        self.check_adjust(train_ratio=train_ratio, tolerance_rows=tolerance_rows)
+        ratio, tolerance = self._asked or (None, None)
+        self._asked = (
+            ratio if train_ratio is None else train_ratio,
+            tolerance if tolerance_rows is None else tolerance_rows,
+        )
 
     def _rebase(self, owed_rows: float) -> None:
         """Restart the ledger here with `owed_rows` inserted rows not yet trained on."""
