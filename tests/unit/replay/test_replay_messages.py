@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from replay import synthetic
 from replay.admission import all_sound, check_chunk
 from replay.experience_pb2 import AppendRequest
-from replay.messages import RowCodec, RowBatch, rows_claimed
+from replay.messages import RowBatch, RowCodec, rows_claimed
 from replay.shard import ReplayShard
 from system.errors import RejectedError
 from system.experience import Chunk, StreamId
