@@ -7,7 +7,8 @@
 <root>/shard-0000/shard.lock           held by the one owning process
 <root>/shard-0000/00000012-e0003.zarr  segment 12, made in the shard's third life
 <root>/shard-0000/00000012-e0003.overlay.zarr   its mutable columns
-<root>/shard-0000/00000011-e0003.cold.zarr   a compressed segment, <...>.far.json one in an object store
+<root>/shard-0000/00000011-e0003.cold.zarr   a compressed segment, <...>.far.json one in an object store,
+                                       whose narrow columns are in <...>.kept/
 <root>/shard-0000/verified.json        segments that may be read, as their owner found them
 <root>/shard-0000/quarantine/          damaged segments, each <name>-<reason>
 <root>/shard-0000/from-0001/           segments adopted from shard 1, same names; rows keep their identity
@@ -86,6 +87,11 @@ def tier_path(segment: Path, tier: Tier) -> Path:
 def overlay_path(segment: Path) -> Path:
     """The mutable columns of a segment, the same for all its tiers."""
     return segment.with_name(segment.name.split(".")[0] + ".overlay.zarr")
+
+
+def kept_path(segment: Path) -> Path:
+    """The narrow columns of a far segment, kept on this node."""
+    return segment.with_name(segment.name.split(".")[0] + ".kept")
 
 
 def segment_paths(directory: Path) -> dict[int, Path]:
@@ -282,8 +288,8 @@ def sweep(directory: Path) -> None:
         shutil.rmtree(scratch)
     make_dir(scratch)
     kept = {segment.stem for segment in stored_segments(directory)}
-    for entry in list(directory.glob("*.overlay.zarr")):
-        if entry.name.removesuffix(".overlay.zarr") not in kept:
+    for entry in [*directory.glob("*.overlay.zarr"), *directory.glob("*.kept")]:
+        if entry.name.split(".")[0] not in kept:
             shutil.rmtree(entry)
 
 
@@ -293,7 +299,7 @@ def discard(directory: Path, segment: Path, *, overlay: bool = True) -> list[Pat
     Returns what now waits in the scratch directory to be deleted.
     """
     scratch = directory / SCRATCH
-    wanted = (segment, overlay_path(segment)) if overlay else (segment,)
+    wanted = (segment, overlay_path(segment), kept_path(segment)) if overlay else (segment,)
     present = [path for path in wanted if path.exists()]
     return [path.rename(scratch / f"evicted-{os.urandom(4).hex()}") for path in present]
 

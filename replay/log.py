@@ -160,11 +160,6 @@ class SegmentLog:
             self._format.create, self._directory, newest + 1, self._epoch, newest
         )
 
-    def clear(self) -> None:
-        """Evict everything."""
-        while self._entries:
-            self._evict(next(iter(self._entries)))
-
     def _make_room(self, count: int) -> None:
         while self.rows + count > self._capacity and self._entries:
             self._evict(next(iter(self._entries)))

@@ -79,7 +79,7 @@ def open_source(name: str, root: Path, table: TableSpec, spec: BatchSpec) -> Tab
     """Follow another table, read only. Raises: ConfigError when there is none; SchemaError as `TableView`."""
     if not (root / "table.json").is_file():
         raise ConfigError(f"replay source {name} ({root}) must hold a table.json; import it or mend the path")
-    return TableView(root, table, spec.span)
+    return TableView(root, table, spec.span, foreign=True)
 
 
 class LocalReader:
