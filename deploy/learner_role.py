@@ -103,7 +103,7 @@ class LearnerRole:
         return {"updates": progress.updates, "younger_rows": self._younger}
 
     def _compare(self, run_dir: RunDirectory, meta: Mapping[str, Any]) -> None:
-        """Say how the replay differs from the one the checkpoint saw; wait for all of it when it is the same."""
+        """Say how the replay differs from what the checkpoint saw; wait for all of it when it is the same."""
         from deploy.resume import compare_replay
 
         self._younger = compare_replay(self._config, run_dir, meta, self._reader)

@@ -74,19 +74,19 @@ def resume(
 ) -> Progress:
     """Load the newest checkpoint that verifies into all three; return how far it had come, else zeros.
 
-    `signature` says what the model and environment are now; note() is told the checkpoint's own words (meta).
+    `signature` says what the model and environment are now; note() is told the checkpoint's meta first.
     Raises: ConfigError naming what differs from the checkpoint's; IntegrityError when none is sound.
     """
     loaded = store.newest_sound()
     if loaded is None:
         return Progress()
     check_signature(signature, loaded.meta["signature"])
+    if note is not None:
+        note(loaded.meta)
     agent.load(loaded.state["agent"])
     reader.load(loaded.state["reader"])
     publisher.load(loaded.state["publisher"])
     log.info("resumed", extra={"path": str(loaded.path), "updates": loaded.step})
-    if note is not None:
-        note(loaded.meta)
     return Progress(**loaded.state["progress"])
 
 

@@ -47,6 +47,11 @@ class Cut:
         """Lifetime rows of all shards at the cut."""
         return sum(shard.inserted for shard in self.shards.values())
 
+    @property
+    def rows(self) -> int:
+        """Rows that could be drawn at the cut."""
+        return sum(sum(map(sum, shard.segments.values())) for shard in self.shards.values())
+
     def to_json(self) -> dict[str, Any]:
         return {
             str(index): {
@@ -88,11 +93,10 @@ def take_cut(root: Path) -> Cut:
 
 
 def _take_shard(directory: Path) -> ShardCut:
-    path = directory / "ledger.json"
     for _ in range(ATTEMPTS):
         # The ledger is written before its segment goes; unchanged over the listing, the two agree. It is
         # read first because cursors newer than the rows of a cut would claim rows that do not exist.
-        ledger = layout.read_json(path) or {}
+        ledger = read_ledger(directory)
         try:
             segments = {
                 name: committed
@@ -101,11 +105,22 @@ def _take_shard(directory: Path) -> ShardCut:
             }
         except SegmentGone:
             continue
-        if evictions(layout.read_json(path) or {}) == evictions(ledger):
+        if evictions(read_ledger(directory)) == evictions(ledger):
             return ShardCut(ledger=ledger, segments=segments)
     raise PreflightError(
         f"replay shard {directory} evicted during each of {ATTEMPTS} looks at it; raise the replay capacity"
     )
+
+
+def read_ledger(directory: Path) -> dict[str, Any]:
+    """The ledger of a shard as it stands on disk, from its copy when it is damaged; empty without one.
+
+    Raises: IntegrityError when both are damaged.
+    """
+    try:
+        return layout.read_json(directory / "ledger.json") or {}
+    except IntegrityError:
+        return layout.read_json(directory / "ledger.copy.json") or {}
 
 
 def published(directory: Path) -> Iterator[tuple[str, layout.StoredSegment]]:
@@ -168,4 +183,4 @@ def is_evicted(ledger: Mapping[str, Any], name: str) -> bool:
 
 def evictions(ledger: Mapping[str, Any]) -> dict[str, Any]:
     """What of a ledger changes when segments leave."""
-    return {key: value for key, value in ledger.items() if key not in ("cursors", "epoch")}
+    return {key: value for key, value in ledger.items() if key.startswith("evicted")}
