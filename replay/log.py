@@ -1,39 +1,38 @@
 """The segments of one shard as a log: rows go in at the end, whole segments leave at the beginning.
 
 Single-threaded except for one background worker that makes the next segment ahead of need and deletes
-evicted ones. The shard (`replay.shard`) calls it under its own lock; `replay.segment` is one segment.
+evicted ones. The shard (`replay.shard`) calls it under its own lock, and so does `replay.upkeep`, which seals
+what no longer grows; `replay.segment` is one segment, `replay.recovery` what an earlier life left.
 
 A stream's rows lie in slots. Slots are given out in order, so a stream's later rows never lie in an
-earlier segment, and its live rows are always one gapless range of positions. Any number of streams
-may come and go: a stream that needs room takes the next free slot.
+earlier segment. Any number of streams may come and go: a stream that needs room takes the next free slot, one
+that falls silent loses its slot when the log has moved on, so that its segment can be sealed.
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
 
 from replay import layout
-from replay.admission import MAX_ACTOR, MAX_ENV, Cursor, stream_key, stream_of
+from replay.admission import Cursor, stream_key
 from replay.catalog import Catalog
-from replay.holes import release_unused
+from replay.geometry import CHUNK_ROWS
+from replay.layout import StoredSegment
+from replay.ledger import keep_reserve, save_ledger
+from replay.quarantine import quarantine
+from replay.recovery import Entry, bytes_on_disk, recover
 from replay.segment import Segment, SegmentFormat
-from system.errors import DeadlineError, IntegrityError, PreflightError
+from system.errors import DeadlineError, PreflightError
 from system.experience import Columns, StreamId
+from system.metrics import Metrics
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Entry:
-    """A live segment as its owner counts it; the maps are held only while it can still grow."""
-
-    path: Path
-    rows: int
-    nbytes: int
 
 
 @dataclass(slots=True)
@@ -44,41 +43,68 @@ class _Tail:
     slot: int
     start: int  # position of the slot's first row
     used: int
+    touched: int  # lifetime rows of the shard at its newest append
 
 
 class SegmentLog:
     """Owner of the segments in one directory. At most one process may hold it (`layout.take_lock`)."""
 
-    def __init__(self, directory: Path, fmt: SegmentFormat, capacity_rows: int) -> None:
-        self._directory = directory
-        self._format = fmt
+    def __init__(
+        self,
+        directory: Path,
+        index: int,
+        fmt: SegmentFormat,
+        *,
+        capacity_rows: int,
+        capacity_bytes: int | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Raises: PreflightError when the directory cannot be used."""
+        self.directory = directory
+        self.format = fmt
+        self._index = index
         self._capacity = capacity_rows
-        self._entries: dict[int, _Entry] = {}  # by segment number, ascending
+        self._capacity_bytes = capacity_bytes
+        self._metrics = metrics
         self._tails: dict[int, _Tail] = {}  # by stream key
         self._newest: Segment | None = None
         self._next_slot = 0
-        self._evicted_rows = 0
-        self._evicted_through = -1
         self._spare: Future[Segment] | None = None
-        self.cursors: dict[int, Cursor] = {}
-        self.rows = 0
+        self._dirty: dict[int, Segment] = {}  # written since the last flush, by number
+        found = recover(directory, index, fmt, metrics)
+        self.losses = found.losses
+        self.ledger = found.ledger
+        self.cursors = found.ledger.cursors
+        self._entries = found.entries  # the shard's own, by number, ascending
+        self._adopted = found.adopted  # oldest first
+        self._own_rows = sum(entry.rows for entry in found.entries.values())
         self.catalog = Catalog(directory, writable=True)
-        self._recover()
+        self._balance()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="segments")
         self._prepare_spare()
 
     @property
     def inserted(self) -> int:
-        """Rows ever committed, through evictions and restarts."""
-        return self._evicted_rows + self.rows
+        """Rows ever committed, through evictions, losses and restarts."""
+        return self.ledger.evicted_rows + self._own_rows
+
+    @property
+    def rows(self) -> int:
+        """Rows that can be sampled, adopted ones included."""
+        return self._own_rows + sum(entry.rows for entry in self._adopted)
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self._entries.values())
+        return sum(entry.nbytes for entry in self.entries())
 
     @property
     def segments(self) -> int:
-        return len(self._entries)
+        return len(self._entries) + len(self._adopted)
+
+    def entries(self) -> Iterator[Entry]:
+        """All segments, the oldest first, adopted ones before the shard's own."""
+        yield from self._adopted
+        yield from self._entries.values()
 
     def append(self, stream: StreamId, columns: Columns, start: int, stop: int, timeout: float) -> int:
         """Store rows start..stop of `columns` [T, ...], as many as fit one slot; return how many.
@@ -88,26 +114,94 @@ class SegmentLog:
         """
         key = stream_key(stream)
         tail = self._tails.get(key)
-        if tail is None or tail.used == self._format.geometry.rows:
+        if tail is None:
             tail = self._open_slot(stream, key, timeout)
-        count = min(stop - start, self._format.geometry.rows - tail.used)
+        count = min(stop - start, self.format.geometry.rows - tail.used)
         self._make_room(count)
         if key not in self._tails:  # its slot went with an evicted segment
             return self.append(stream, columns, start, stop, timeout)
         tail.segment.append(tail.slot, tail.used, columns, start, start + count)
         tail.used += count
         self._entries[tail.segment.number].rows += count
-        self.rows += count
+        self._own_rows += count
+        tail.touched = self.inserted
+        self._dirty[tail.segment.number] = tail.segment
         self.cursors[key] = Cursor.after(columns, start + count - 1, tail.start + tail.used)
+        if tail.used == self.format.geometry.rows:
+            del self._tails[key]
         self.catalog["inserted"] = self.inserted
         self.catalog["rows"] = self.rows
         return count
 
-    def flush(self) -> None:
-        """Write everything committed so far to the device. Segments that are full were not flushed before."""
-        for number, entry in self._entries.items():
-            mapped = self._newest if self._newest and self._newest.number == number else None
-            (mapped or Segment.open(entry.path, self._format.table, writable=True)).flush()
+    def take_dirty(self) -> list[Segment]:
+        """Segments written since the last call; flushing them makes everything acknowledged durable."""
+        dirty, self._dirty = list(self._dirty.values()), {}
+        return dirty
+
+    def frozen(self) -> Entry | None:
+        """The oldest segment that no longer grows and is not sealed."""
+        growing = {tail.segment.number for tail in self._tails.values()}
+        if self._newest is not None and self._next_slot < self.format.geometry.slots:
+            growing.add(self._newest.number)
+        for entry in self.entries():
+            if not entry.sealed and (entry.stored.origin != self._index or entry.stored.number not in growing):
+                return entry
+        return None
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether a segment is still in the log, and in the form it had."""
+        return any(other is entry for other in self.entries())
+
+    def replace(self, entry: Entry, draft: Path, tier: layout.Tier) -> None:
+        """Publish another form of a sealed segment, complete in the scratch directory; discard the old one."""
+        old = entry.path
+        new = layout.tier_path(old, tier)
+        draft.rename(new)
+        doomed = layout.discard(old.parent, old, overlay=False)
+        entry.stored = StoredSegment(
+            path=new, number=entry.stored.number, epoch=entry.stored.epoch, tier=tier,
+            origin=entry.stored.origin,
+        )  # fmt: skip
+        entry.segment, entry.nbytes = None, bytes_on_disk(new)
+        self.changed()
+        self._worker.submit(layout.remove, doomed)
+        log.info("segment changed tier", extra={"segment": new.name, "bytes": entry.nbytes})
+
+    def lose(self, entry: Entry, reason: str, what: str) -> None:
+        """Put a damaged segment into quarantine; its streams go on behind it."""
+        quarantine(entry.path.parent, entry.path, reason, what, self._metrics)
+        self.ledger.lost_rows += entry.rows if entry.stored.origin == self._index else 0
+        self._count_lost(entry.rows)
+        self._forget(entry)
+        save_ledger(self.directory, self.ledger)
+
+    def adopt(self, entry: Entry) -> None:
+        """Take over a published sealed segment of another shard."""
+        self._adopted.append(entry)
+        self.changed()
+
+    def release(self, entry: Entry) -> None:
+        """Let go of a segment that another shard has adopted: it counts as evicted here."""
+        if entry.stored.origin == self._index:
+            self.ledger.evicted_rows += entry.rows
+            self._own_rows -= entry.rows
+            del self._entries[entry.stored.number]
+            self._own_rows += 0
+        else:
+            self._adopted.remove(entry)
+        save_ledger(self.directory, self.ledger)
+        self._drop(entry)
+
+    def changed(self) -> None:
+        """The set of segments is another one: readers list again."""
+        self.catalog["rows"] = self.rows
+        self.catalog["generation"] += 1
+
+    def vouch(self) -> None:
+        """Write down which segments are verified or were filled in this life."""
+        names = [str(e.path.relative_to(self.directory)) for e in self.entries() if e.verified]
+        value = {"format": layout.FORMAT, "epoch": self.ledger.epoch, "segments": names}
+        layout.write_json(self.directory / layout.VERIFIED, value)
 
     def close(self) -> None:
         """Stop the worker and drop the unused spare segment; the rows stay."""
@@ -123,10 +217,10 @@ class SegmentLog:
 
     def _open_slot(self, stream: StreamId, key: int, timeout: float) -> _Tail:
         segment = self._newest
-        if segment is None or self._next_slot == self._format.geometry.slots:
+        if segment is None or self._next_slot == self.format.geometry.slots:
             segment = self._adopt_spare(timeout)
         cursor = self.cursors.get(key)
-        tail = _Tail(segment, self._next_slot, cursor.position if cursor else 0, 0)
+        tail = _Tail(segment, self._next_slot, cursor.position if cursor else 0, 0, self.inserted)
         segment.slots[tail.slot] = (stream.actor, stream.env, tail.start)
         self._next_slot += 1
         self._tails[key] = tail
@@ -142,124 +236,127 @@ class SegmentLog:
             segment = spare.result(timeout)
         except FutureTimeout as error:
             raise DeadlineError(
-                f"no new replay segment within {timeout:.1f} s; the disk under {self._directory} is too slow"
+                f"no new replay segment within {timeout:.1f} s; the disk under {self.directory} is too slow"
             ) from error
         except PreflightError:
             self._spare = None  # tried anew at the next append
             raise
-        segment.publish(self._directory)
-        self._entries[segment.number] = _Entry(segment.path, 0, self._format.nbytes)
+        segment.publish(self.directory)
+        stored = StoredSegment(
+            path=segment.path, number=segment.number, epoch=self.ledger.epoch, tier="raw", origin=self._index
+        )
+        self._entries[segment.number] = Entry(
+            stored=stored, rows=0, nbytes=self.format.nbytes, committed=(), segment=segment, verified=True,
+            born=time.time(),
+        )  # fmt: skip
         self._newest, self._next_slot, self._spare = segment, 0, None
+        self._close_silent()
         self._prepare_spare()
-        self.catalog["generation"] += 1
+        self.changed()
         return segment
 
+    def _close_silent(self) -> None:
+        """Take the slots of streams that fell silent while the log moved on by segments.
+
+        Rows of others since its newest append tell silence from a long round of many streams.
+        """
+        patience = 2 * self.format.geometry.total + 2 * CHUNK_ROWS * len(self._tails)
+        oldest = self.inserted - patience
+        self._tails = {k: t for k, t in self._tails.items() if t.touched >= oldest}
+
     def _prepare_spare(self) -> None:
-        newest = max(self._entries, default=self._evicted_through)
+        newest = max(self._entries, default=self.ledger.evicted_through)
+        newest = max(newest, self.ledger.evicted_through)
         self._spare = self._worker.submit(
-            self._format.create, self._directory, newest + 1, self._epoch, newest
+            self.format.create, self.directory, newest + 1, self.ledger.epoch, newest
         )
+
+    # ---- eviction ---------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Evict everything."""
+        while (entry := self._oldest()) is not None:
+            self._evict(entry)
+
+    def evict_older(self, born: float) -> None:
+        """Evict sealed segments whose first row is older than the Unix time `born`."""
+        while (entry := self._oldest()) is not None and entry.sealed and entry.born < born:
+            self._evict(entry)
 
     def _make_room(self, count: int) -> None:
-        while self.rows + count > self._capacity and self._entries:
-            self._evict(next(iter(self._entries)))
+        while (entry := self._oldest()) is not None and self._over(count):
+            if entry.segment is not None and entry.segment is self._newest and self.rows + count <= self._capacity:
+                return  # bytes alone never take the segment that is being filled
+            self._evict(entry)
 
-    def _evict(self, number: int) -> None:
+    def _over(self, count: int) -> bool:
+        if self.rows + count > self._capacity:
+            return True
+        return self._capacity_bytes is not None and self.nbytes > self._capacity_bytes
+
+    def _oldest(self) -> Entry | None:
+        heads = [*self._adopted[:1], *(self._entries[n] for n in list(self._entries)[:1])]
+        return min(heads, key=lambda entry: entry.born, default=None)
+
+    def _evict(self, entry: Entry) -> None:
         """Forget the oldest segment. The ledger goes first: a crash in between is finished at reopening."""
-        entry = self._entries[number]
-        self._save_ledger(self._evicted_rows + entry.rows, number)
-        self._evicted_rows += entry.rows
-        self._evicted_through = number
-        del self._entries[number]
-        self.rows -= entry.rows
-        self._tails = {k: t for k, t in self._tails.items() if t.segment.number != number}
-        if self._newest is not None and self._newest.number == number:
-            self._newest = None
-        doomed = layout.discard(self._directory, entry.path)
-        self.catalog["generation"] += 1
-        self.catalog["rows"] = self.rows
-        self._worker.submit(layout.remove, doomed)
+        if entry.stored.origin == self._index:
+            before = self.ledger.evicted_rows, self.ledger.evicted_through
+            self.ledger.evicted_rows += entry.rows
+            self.ledger.evicted_through = entry.stored.number
+            try:
+                save_ledger(self.directory, self.ledger)
+            except PreflightError:
+                self.ledger.evicted_rows, self.ledger.evicted_through = before
+                raise
+            self._own_rows -= entry.rows
+            del self._entries[entry.stored.number]
+        else:
+            self._adopted.remove(entry)
+        self._drop(entry)
         log.info("segment evicted", extra={"segment": entry.path.name, "rows": entry.rows})
 
-    # ---- life and death ---------------------------------------------------------------------------
+    def _forget(self, entry: Entry) -> None:
+        """Rows of a damaged segment: they leave the books as evicted ones do."""
+        if entry.stored.origin == self._index:
+            self.ledger.evicted_rows += entry.rows
+            self._own_rows -= entry.rows
+            del self._entries[entry.stored.number]
+        else:
+            self._adopted.remove(entry)
+        self._drop(entry)
 
-    def _save_ledger(self, evicted_rows: int, evicted_through: int) -> None:
-        cursors = {
-            str(stream_of(key)): [key, c.position, c.incarnation, c.episode, c.step, int(c.is_last)]
-            for key, c in self.cursors.items()
-        }
-        layout.write_json(
-            self._directory / "ledger.json",
-            {
-                "format": layout.FORMAT,
-                "epoch": self._epoch,
-                "evicted_rows": evicted_rows,
-                "evicted_through": evicted_through,
-                "cursors": cursors,
-            },
-        )
+    def _drop(self, entry: Entry) -> None:
+        if entry.stored.origin == self._index:
+            number = entry.stored.number
+            self._tails = {k: t for k, t in self._tails.items() if t.segment.number != number}
+            self._dirty.pop(number, None)
+            if self._newest is not None and self._newest.number == number:
+                self._newest = None
+        doomed = layout.discard(entry.path.parent, entry.path)
+        self.changed()
+        self._worker.submit(layout.remove, doomed)
+        self._worker.submit(keep_reserve, self.directory)
 
-    def _load_ledger(self) -> None:
-        path = self._directory / "ledger.json"
-        ledger = layout.read_json(path)
-        self._epoch = 1
-        if ledger is None:
-            return
-        try:
-            self._epoch = int(ledger["epoch"]) + 1
-            self._evicted_rows = int(ledger["evicted_rows"])
-            self._evicted_through = int(ledger["evicted_through"])
-            for key, position, incarnation, episode, step, is_last in ledger["cursors"].values():
-                self.cursors[int(key)] = Cursor(
-                    position=position,
-                    incarnation=incarnation,
-                    episode=episode,
-                    step=step,
-                    is_last=bool(is_last),
-                )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise IntegrityError(
-                f"{path} lacks what a ledger holds ({error!r}); move {self._directory} away "
-                "to start an empty shard"
-            ) from error
+    # ---- opening ----------------------------------------------------------------------------------
 
-    def _recover(self) -> None:
-        """Take over what an earlier life left: finish its evictions, believe its commit words."""
-        layout.sweep(self._directory)
-        self._load_ledger()
-        for number, path in layout.segment_paths(self._directory).items():
-            segment = Segment.open(path, self._format.table)
-            committed = segment.committed.tolist()
-            if number <= self._evicted_through or not any(committed):
-                layout.remove(layout.discard(self._directory, path))
-                continue
-            for slot, used in enumerate(committed):
-                self._recover_slot(segment, slot, used)
-            release_unused(segment)  # its owner is dead; streams go on in segments of this epoch
-            rows = sum(committed)
-            self._entries[number] = _Entry(path, rows, self._format.nbytes)
-            self.rows += rows
-        self._save_ledger(self._evicted_rows, self._evicted_through)
-        self.catalog["epoch"] = self._epoch
+    def _balance(self) -> None:
+        """Set what left against what is here: positions only grow, so they tell the rows ever committed."""
+        ledger = self.ledger
+        inserted = sum(cursor.position for cursor in self.cursors.values()) - ledger.skipped
+        lost = inserted - ledger.evicted_rows - self._own_rows
+        if lost > 0:
+            ledger.evicted_rows += lost
+            ledger.lost_rows += lost if self.losses else 0
+            if self.losses:
+                self._count_lost(lost)
+        save_ledger(self.directory, ledger)
+        keep_reserve(self.directory)
+        self.catalog["epoch"] = ledger.epoch
         self.catalog["inserted"] = self.inserted
-        self.catalog["rows"] = self.rows
         self.catalog["waiting"] = 0
-        self.catalog["generation"] += 1
+        self.changed()
 
-    def _recover_slot(self, segment: Segment, slot: int, used: int) -> None:
-        if used == 0:
-            return
-        actor, env, start = segment.slots[slot].tolist()
-        sane = (
-            0 < used <= segment.geometry.rows and 0 <= actor < MAX_ACTOR and 0 <= env < MAX_ENV and start >= 0
-        )
-        if not sane:
-            raise IntegrityError(
-                f"{segment.path} slot {slot} claims {used} rows of actor {actor} env {env} from position "
-                f"{start}; the segment is damaged: move it and its overlay out of the shard and start again"
-            )
-        key = stream_key(StreamId(actor=actor, env=env))
-        known = self.cursors.get(key)
-        if known is None or start + used > known.position:
-            columns = {name: array[slot] for name, array in segment.columns.items()}
-            self.cursors[key] = Cursor.after(columns, used - 1, start + used)
+    def _count_lost(self, rows: int) -> None:
+        if self._metrics is not None:
+            self._metrics["replay_rows_lost_total"].inc(rows)
