@@ -15,7 +15,7 @@ from system.interfaces import Policy
 from system.specs import ArraySpec, EnvSpec
 
 if TYPE_CHECKING:
-    from learner.families.dreamer.agent import DreamerAgent
+    from learner.families.dreamer.agent import DreamerAgent, PrioritySignal
 
 FAMILIES: dict[str, type[DreamerConfig]] = {"dreamer": DreamerConfig}
 """World-model families by name, with the class of their config."""
@@ -70,16 +70,27 @@ def overlay_columns(family: str, config: DreamerConfig, env: EnvSpec) -> dict[st
     return latent_columns(config)
 
 
-def make_agent(family: str, config: DreamerConfig, env: EnvSpec, *, device: str, seed: int) -> DreamerAgent:
+def make_agent(
+    family: str,
+    config: DreamerConfig,
+    env: EnvSpec,
+    *,
+    device: str,
+    seed: int,
+    priority_signal: PrioritySignal = "none",
+) -> DreamerAgent:
     """A learning agent on the device named by auto, cpu, cuda or cuda:<index>.
 
+    `priority_signal`: the errors it writes back as replay priorities, if any.
     Raises: PreflightError when the device is absent.
     """
     from learner.devices import resolve_device
     from learner.families.dreamer.agent import DreamerAgent
 
     _check(family, config)
-    return DreamerAgent(config, env, device=resolve_device(device), seed=seed)
+    return DreamerAgent(
+        config, env, device=resolve_device(device), seed=seed, priority_signal=priority_signal
+    )
 
 
 def make_policy(family: str, config: DreamerConfig, env: EnvSpec, *, seed: int, threads: int = 1) -> Policy:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,11 +30,29 @@ from system.experience import Sequence, WriteBack
 from system.seeds import child_seed
 from system.specs import EnvSpec
 
+PrioritySignal = Literal["none", "model", "value"]
+
+
+def row_priority(error: Tensor, time: int) -> Tensor:
+    """Errors [B, K] of the last K rows as priorities [B, T], float32: rows before them get the mean."""
+    error = error.float().clamp(min=0.0)
+    missing = time - error.shape[1]
+    return torch.cat([error.mean(1, keepdim=True).expand(-1, missing), error], 1) if missing else error
+
 
 class DreamerAgent:
     """Owns the parameters, the optimiser and the random generator of a DreamerV3 learner."""
 
-    def __init__(self, config: DreamerConfig, env: EnvSpec, *, device: torch.device, seed: int) -> None:
+    def __init__(
+        self,
+        config: DreamerConfig,
+        env: EnvSpec,
+        *,
+        device: torch.device,
+        seed: int,
+        priority_signal: PrioritySignal = "none",
+    ) -> None:
+        """`priority_signal`: the error of each row that is written back as its priority, if any."""
         self.env, self.device = env, device
         self.columns = latent_columns(config)
         self.classes = config.classes
@@ -42,6 +60,8 @@ class DreamerAgent:
         self.model = DreamerWorldModel(config, env)
         self.behavior = ActorCritic(config, self.model.feat_size, env.action)
         check_needs("actor-critic", self.behavior.needs, "dreamer", self.model.caps)
+        self.model.row_error = priority_signal == "model"
+        self.behavior.row_error = priority_signal == "value"
         self.module = nn.ModuleDict({"model": self.model, "behavior": self.behavior})
         initialise(self.module, torch.Generator().manual_seed(child_seed(seed, "weights")))
         self.behavior.slow.load_state_dict(self.behavior.critic.state_dict())
@@ -122,6 +142,8 @@ class DreamerAgent:
             "obs": {k: self._tensor(columns[k][:, context:]) for k in self.env.obs},
             "prev_action": before,
         }
+        if sequence.weights is not None:
+            batch["weight"] = self._tensor(sequence.weights)
         if not context:
             return batch, self.model.initial(size)
         start = {
@@ -144,11 +166,15 @@ class DreamerAgent:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             model = self.model.loss(batch, start, model_noise)
             behavior = self.behavior.loss(self.model, batch, model.states, behavior_noise)
-        return model.total + behavior.total, model.metrics | behavior.metrics, model.rows
+        return model.total + behavior.total, model.metrics | behavior.metrics, model.rows | behavior.rows
 
     def _write_back(self, sequence: Sequence, rows: Tree) -> WriteBack:
         latents = {"deter": pack_float(rows["deter"]), "stoch": pack_one_hot(rows["stoch"])}
-        return WriteBack(ids=sequence.ids, offset=sequence.context, columns=latents)
+        priority = None
+        if "error" in rows:
+            trained = sequence.shape[1] - sequence.context
+            priority = row_priority(rows["error"], trained).to("cpu").numpy()
+        return WriteBack(ids=sequence.ids, offset=sequence.context, columns=latents, priority=priority)
 
     def weights(self) -> dict[str, NDArray[np.generic]]:
         """What an acting policy needs, float32 copies by name."""

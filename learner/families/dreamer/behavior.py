@@ -42,6 +42,7 @@ class ActorCritic(nn.Module):
         self.discount = 1.0 - 1.0 / config.discount_horizon
         self.lambda_, self.entropy, self.scales = config.lambda_, config.entropy, config.scales
         self.slow_rate, self.slow_weight = config.slow_rate, config.slow_weight
+        self.row_error = False  # True: rows["error"] of a loss tells how wrong the value of each row was
         self.actor = make_actor(config, feat, action)
         self.critic = TwoHotHead(feat, config.units, config.critic_layers, config.bins, 0.0)
         self.slow = TwoHotHead(feat, config.units, config.critic_layers, config.bins, 0.0)
@@ -74,13 +75,19 @@ class ActorCritic(nn.Module):
         return self.actor.sample(raw, noise) if mode == "train" else self.actor.mode(raw)
 
     def loss(self, model: object, batch: Tree, states: Tree, noise: Tree) -> LossOut:
-        """Actor, critic and replay-value losses from posterior `states` [B, T, ...] of `model`."""
+        """Actor, critic and replay-value losses from posterior `states` [B, T, ...] of `model`.
+
+        batch: reward, is_last, is_terminal [B, T]; optional weight [B], a factor on the losses of each
+        sequence and of what is imagined from it. rows: error [B, K] when `row_error` is set.
+        """
         time = states["feat"].shape[1]
         last = self.trailing(states["feat"].shape[0], time)
         starts = {k: states[k][:, time - last :].detach().flatten(0, 1) for k in ("deter", "stoch", "feat")}
         rollout, root = self._imagine(model, starts, noise)
         cont = torch.cat([root.unsqueeze(1), rollout.out["cont"]], 1)  # [N, H + 1]
-        weight = imagination_weights(cont)[:, :-1]  # [N, H]
+        reached = imagination_weights(cont)[:, :-1]  # [N, H]
+        factor = batch.get("weight")
+        weight = reached if factor is None else reached * factor.repeat_interleave(last).unsqueeze(1)
         critic = self.critic(rollout.feat)  # [N, H + 1]
         with torch.no_grad():
             value = critic.mean()  # [N, H + 1]
@@ -97,8 +104,8 @@ class ActorCritic(nn.Module):
         ).sum() / returns.numel()
         tail = {k: batch[k][:, time - last :] for k in ("reward", "is_last", "is_terminal")}
         bootstrap = returns[:, 0].view(-1, last)
-        replay = self._replay_loss(
-            states["feat"][:, time - last :], tail, bootstrap, slow[:, 0].view(-1, last)
+        replay, error = self._replay_loss(
+            states["feat"][:, time - last :], tail, bootstrap, slow[:, 0].view(-1, last), factor
         )
         scales = self.scales
         total = scales.policy * policy + scales.value * critic_loss + scales.replay_value * replay
@@ -112,10 +119,10 @@ class ActorCritic(nn.Module):
             "imagined/reward": rollout.out["reward"].mean(),
             "imagined/cont": cont.mean(),
             "imagined/value": value.mean(),
-            "imagined/weight": weight.mean(),
+            "imagined/weight": reached.mean(),
             "imagined/advantage": advantage.abs().mean(),
         }
-        return LossOut(total=total, metrics=metrics)
+        return LossOut(total=total, metrics=metrics, rows={} if error is None else {"error": error})
 
     @torch.no_grad()
     def _imagine(self, model: object, starts: Tree, noise: Tree) -> tuple[Rollout, Tensor]:
@@ -140,8 +147,11 @@ class ActorCritic(nn.Module):
         """Cross-entropy towards the two-hot return plus that towards the slow critic's value; [...]."""
         return critic.loss(target, slow, scales=(1.0, self.slow_weight))
 
-    def _replay_loss(self, feat: Tensor, rows: Tree, bootstrap: Tensor, slow: Tensor) -> Tensor:
-        """Critic loss on replayed rows [B, K] whose returns bootstrap from imagined returns.
+    def _replay_loss(
+        self, feat: Tensor, rows: Tree, bootstrap: Tensor, slow: Tensor, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Critic loss on replayed rows [B, K] whose returns bootstrap from imagined returns; and, when asked
+        for, how far the value of each row is from its return [B, K].
 
         A row that is_last has no successor inside its episode: it carries no loss, and returns do not
         run over it.
@@ -149,6 +159,10 @@ class ActorCritic(nn.Module):
         live = (~rows["is_terminal"]).float() * self.discount
         trace = (~rows["is_last"]).float() * self.lambda_
         target = lambda_return(rows["reward"], bootstrap, live, trace)  # [B, K - 1]
-        loss = self._critic_loss(self.critic(feat), F.pad(target, (0, 1)), slow)
+        critic, target = self.critic(feat), F.pad(target, (0, 1))
+        loss = self._critic_loss(critic, target, slow)
         weight = F.pad((~rows["is_last"][:, :-1]).float(), (0, 1))
-        return (weight * loss).sum() / target.numel()
+        error = weight * (critic.mean().detach() - target).abs() if self.row_error else None
+        if factor is not None:
+            weight = weight * factor.unsqueeze(1)
+        return (weight * loss).sum() / (target.shape[0] * (target.shape[1] - 1)), error

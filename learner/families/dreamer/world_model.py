@@ -67,6 +67,7 @@ class DreamerWorldModel(nn.Module):
         self.obs_space = {key: obs_space(spec) for key, spec in env.obs.items()}
         self.action_space = action_space(env.action)
         self.scales, self.free_nats = config.scales, config.free_nats
+        self.row_error = False  # True: rows["error"] of a loss tells how badly each row was modelled
         self.discount = 1.0 - 1.0 / config.discount_horizon
         sizes = rssm_sizes(config)
         self.feat_size = sizes.feat
@@ -112,7 +113,8 @@ class DreamerWorldModel(nn.Module):
     def loss(self, batch: Tree, carry: Tree, noise: Tree) -> LossOut:
         """Reconstruction, reward, continuation and KL of replayed rows.
 
-        batch: obs dict, prev_action [B, T, A], reward, is_first, is_terminal [B, T].
+        batch: obs dict, prev_action [B, T, A], reward, is_first, is_terminal [B, T]; optional weight [B],
+        a factor on the losses of each sequence.
         """
         states = self.observe(carry, batch["obs"], batch["prev_action"], batch["is_first"], noise)[1]
         feat = features(states)  # [B, T, F]
@@ -124,7 +126,11 @@ class DreamerWorldModel(nn.Module):
         losses |= {"dyn": dyn, "rep": rep} | self._outcome_losses(feat, batch)
         scales = self.scales
         weights |= {"dyn": scales.dyn, "rep": scales.rep, "reward": scales.reward, "cont": scales.cont}
-        means = {key: value.mean() for key, value in losses.items()}
+        factor = batch.get("weight")
+        if factor is None:
+            means = {key: value.mean() for key, value in losses.items()}
+        else:
+            means = {key: (value * factor.unsqueeze(1)).mean() for key, value in losses.items()}
         metrics = {f"loss/{key}": value.detach() for key, value in means.items()}
         with torch.no_grad():
             metrics["entropy/prior"] = entropy(prior).mean()
@@ -132,6 +138,8 @@ class DreamerWorldModel(nn.Module):
         total = torch.stack([means[key] * weights[key] for key in means]).sum()
         states["feat"] = feat
         rows = {key: states[key].detach() for key in ("deter", "stoch")}
+        if self.row_error:
+            rows["error"] = torch.stack([losses[key].detach() * weights[key] for key in losses]).sum(0)
         return LossOut(total=total, metrics=metrics, states=states, rows=rows)
 
     def _outcome_losses(self, feat: Tensor, batch: Tree) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Starts within one episode against a list of rows: streams with gaps, eviction, rows that come later."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_starts_are_those_whose_window_lies_in_one_episode_whatever_comes_and_go
     is_first: list[bool], cuts: list[int], span: int, data: st.DataObject
 ) -> None:
     edges = sorted({0, len(is_first), *(c for c in cuts if c < len(is_first))})
-    order = data.draw(st.permutations(list(zip(edges, edges[1:], strict=False))))
+    order = data.draw(st.permutations(list(pairwise(edges))))
     index: StartIndex[Any] = StartIndex(span)
     starts = EpisodeStarts(index, SPECS)
     array = np.asarray(is_first)

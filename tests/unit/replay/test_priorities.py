@@ -90,7 +90,7 @@ def test_a_block_takes_the_mean_of_what_was_written_to_its_rows() -> None:
 def prioritized(
     exponent: float, importance: float, half_life: float = 0.0
 ) -> tuple[Prioritized, PlainStarts]:
-    """Two streams of 150 and 100 rows: blocks 64, 64, 22 and 64, 36; priorities 1, 4, 0.5 and 2 but the last."""
+    """Streams of 150 and 100 rows; the priorities of their blocks are 1, 4, 0.5 and 2, none yet."""
     index: StartIndex[str] = StartIndex(9)
     index.add(0, 0, 0, "a", 0, 150)
     index.add(1, 7, 64, "b", 0, 100)
