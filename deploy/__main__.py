@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from deploy.replay_cli import replay
+
 EXAMPLES = """\b
 Examples:
   dreamfleet train cartpole
@@ -187,6 +189,9 @@ def check(name: str, assignments: tuple[str, ...], as_json: bool) -> None:
     result = check_environment(name, assignments)
     _say(result.to_dict(), as_json, result.text())
     sys.exit(0 if result.passed else 2)
+
+
+cli.add_command(replay)
 
 
 def main() -> None:

@@ -129,10 +129,14 @@ def about_table(name: str, table: TableSpec, action: ActionSpec | None) -> About
 
 
 class EpisodeSource(Protocol):
-    """A dataset to read; iterating again begins anew. `rows` is at least the number it will yield."""
+    """A dataset to read; iterating again begins anew."""
 
     about: About
-    rows: int
+
+    @property
+    def rows(self) -> int:
+        """At least the number of rows it will yield."""
+        ...
 
     def __iter__(self) -> Iterator[Episode]: ...
 

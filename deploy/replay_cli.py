@@ -1,0 +1,16 @@
+"""The commands under `dreamfleet replay`. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import click
+
+from deploy import dataset_cli
+
+
+@click.group()
+def replay() -> None:
+    """Look into stored experience, and move it in and out as datasets."""
+
+
+for _command in dataset_cli.COMMANDS:
+    replay.add_command(_command)
