@@ -26,15 +26,18 @@ MAX_TARGETS = 32
 """Batches a reader copies into in turn; for each the columns of the older schema are picked once."""
 
 
-def evolving(openers: Mapping[str, OpenSegment], found: TableSpec) -> dict[str, OpenSegment]:
+def evolving(
+    openers: Mapping[str, OpenSegment], found: TableSpec, *, foreign: bool
+) -> dict[str, OpenSegment]:
     """Openers whose segments were written under schema `found` and are read under the one asked for."""
-    return {ending: partial(_open, opener, found) for ending, opener in openers.items()}
+    return {ending: partial(_open, opener, found, foreign) for ending, opener in openers.items()}
 
 
-def _open(opener: OpenSegment, found: TableSpec, path: Path, wanted: TableSpec) -> SegmentHome:
+def _open(opener: OpenSegment, found: TableSpec, foreign: bool, path: Path, wanted: TableSpec) -> SegmentHome:
     home = opener(path, found)
-    same = found.digest == wanted.digest and not found.overlay
-    return home if same else EvolvedHome(home, found, wanted)
+    if found.digest == wanted.digest and not (foreign and found.overlay):
+        return home
+    return ForeignHome(home, found, wanted) if foreign else EvolvedHome(home, found, wanted)
 
 
 def default_row(name: str, spec: ArraySpec, found: TableSpec) -> NDArray[Any]:
@@ -46,10 +49,7 @@ def default_row(name: str, spec: ArraySpec, found: TableSpec) -> NDArray[Any]:
 
 
 class EvolvedHome:
-    """A segment written under schema `found`, read as `wanted`, read only. Targets are of `wanted`.
-
-    Overlay columns read as zeros, whatever is stored: they are caches of the run that wrote them.
-    """
+    """A segment written under schema `found`, read as `wanted`: a SegmentHome with targets of `wanted`."""
 
     def __init__(self, home: SegmentHome, found: TableSpec, wanted: TableSpec) -> None:
         """Raises: SchemaError when `found` cannot be read as `wanted`."""
@@ -58,7 +58,7 @@ class EvolvedHome:
         self._defaults = {
             name: default_row(name, spec, found)
             for name, spec in wanted.all.items()
-            if name not in found.columns or name in wanted.overlay
+            if name not in self._kept(found)
         }
         self._parts: dict[int, tuple[RowViews, RowViews]] = {}  # by id of a target: it, and what is stored
 
@@ -93,12 +93,26 @@ class EvolvedHome:
         self._home.will_need(first, count)
 
     def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:
-        """As Home: always 0, the rows are somebody else's."""
-        return 0
+        """As Home: 0 for a column the segment does not have."""
+        return self._home.write_overlay(name, first, values) if name in self._found.overlay else 0
 
     def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
         """As SegmentHome."""
-        return self._home.good_rows(mend=False)
+        return self._home.good_rows(mend=mend)
+
+    @property
+    def overlay_key(self) -> str:
+        """As `replay.undo.Overlaid`."""
+        return getattr(self._home, "overlay_key", "")
+
+    @property
+    def overlay_files(self) -> Mapping[str, NDArray[Any]]:
+        """As `replay.undo.Overlaid`."""
+        return getattr(self._home, "overlay_files", {})
+
+    def _kept(self, found: TableSpec) -> Mapping[str, ArraySpec]:
+        """The stored columns that are read."""
+        return found.all
 
     def _stored(self, target: RowViews) -> RowViews:
         """The columns of `target` that the segment has, in its order; those nobody wants go into scratch."""
@@ -107,7 +121,7 @@ class EvolvedHome:
             return known[1]
         columns = {
             name: target.columns[name]
-            if name in target.columns and name not in self._wanted.overlay
+            if name in target.columns and name in self._kept(self._found)
             else np.empty((target.rows, *spec.shape), spec.dtype)
             for name, spec in self._found.all.items()
         }
@@ -116,3 +130,23 @@ class EvolvedHome:
         part = RowViews(columns)
         self._parts[id(target)] = target, part
         return part
+
+
+class ForeignHome(EvolvedHome):
+    """A segment of another run, read only. Overlay columns read as zeros: they are that run's caches."""
+
+    def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:
+        """As Home: always 0."""
+        return 0
+
+    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
+        """As SegmentHome; nothing is mended."""
+        return self._home.good_rows(mend=False)
+
+    @property
+    def overlay_files(self) -> Mapping[str, NDArray[Any]]:
+        """None: nothing is ever overwritten."""
+        return {}
+
+    def _kept(self, found: TableSpec) -> Mapping[str, ArraySpec]:
+        return found.columns

@@ -6,7 +6,7 @@ shape needs a new table (`replay.datasets.migrate`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from system.errors import SchemaError
@@ -33,6 +33,14 @@ def has_default(name: str, spec: ArraySpec, wanted: TableSpec) -> bool:
     """Besides what says so: the mask itself, and unknown actions where it says that they are unknown."""
     known = spec.default is not None or name == ACTION_MASK
     return known or (name == "action" and ACTION_MASK in wanted.columns)
+
+
+def masked(table: TableSpec, others: Iterable[TableSpec]) -> TableSpec:
+    """`table`, with an action mask when rows of `others` lack actions: what a mixed batch is read as."""
+    if all("action" in other.columns and ACTION_MASK not in other.columns for other in others):
+        return table
+    mask = {ACTION_MASK: ArraySpec(shape=(), dtype="bool")}
+    return TableSpec(columns={**table.columns, **mask}, overlay=table.overlay)
 
 
 def check_readable(where: str | Path, found: TableSpec, wanted: TableSpec) -> None:
