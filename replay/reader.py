@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from replay import layout
 from replay.batch_spec import BatchSpec
 from replay.credits import GrantTaker
 from replay.governor import Governor
@@ -18,11 +19,12 @@ from replay.limiter import RateLimiter
 from replay.plans import Planner
 from replay.rows import Home
 from replay.sampler import Sampler
+from replay.schema import masked
 from replay.selection import Sampling
 from replay.view import ShardView, TableView
 from replay.write_back import apply
 from system import experience
-from system.errors import ConfigError, DeadlineError
+from system.errors import ConfigError, DeadlineError, SchemaError
 from system.experience import WriteBack
 from system.metrics import Metrics
 from system.specs import TableSpec
@@ -75,11 +77,25 @@ def why_waiting(limiter: RateLimiter, spec: BatchSpec, *, streams: int, longest:
     )
 
 
+def source_tables(sources: Mapping[str, tuple[Path, float]]) -> list[TableSpec]:
+    """The schemas of other tables by name. Raises: ConfigError naming the one that is none."""
+    found: list[TableSpec] = []
+    for name, (root, _) in sources.items():
+        if not (root / "table.json").is_file():
+            raise ConfigError(
+                f"replay source {name} ({root}) must hold a table.json; make it with "
+                "`dreamfleet replay import` or mend the path"
+            )
+        found.append(layout.read_table(root)[0])
+    return found
+
+
 def open_source(name: str, root: Path, table: TableSpec, spec: BatchSpec) -> TableView:
-    """Follow another table, read only. Raises: ConfigError when there is none; SchemaError as `TableView`."""
-    if not (root / "table.json").is_file():
-        raise ConfigError(f"replay source {name} ({root}) must hold a table.json; import it or mend the path")
-    return TableView(root, table, spec.span, foreign=True)
+    """Follow another table, read only. Raises: SchemaError naming why it cannot be read as `table`."""
+    try:
+        return TableView(root, table, spec.span, foreign=True)
+    except SchemaError as error:
+        raise SchemaError(f"replay source {name}: {error}") from error
 
 
 class LocalReader:
@@ -107,9 +123,10 @@ class LocalReader:
     ) -> None:
         """Sample batches of `spec`, or plainly `batch` sequences of context + length rows.
 
-        The `ring`-th draw after a batch overwrites it. `sources` are other tables (root, weight) of the same
-        schema, mixed into every batch beside the run's own rows of weight `own_weight`; source k of a
-        sequence is the k-th of them, 0 the run's own. `remotes` are shards on other nodes.
+        The `ring`-th draw after a batch overwrites it. `sources` are other tables (root, weight) that can be
+        read as `table` (`replay.schema`), mixed into every batch beside the run's own rows of weight
+        `own_weight`; source k of a sequence is the k-th of them, 0 the run's own. When some of their rows
+        have no actions, sequences have an `action_mask` [B, T]. `remotes` are shards on other nodes.
 
         Raises: ConfigError when the limiter could deadlock with this batch or a shard is too small for it;
         SchemaError, IntegrityError, PreflightError as `layout.open_table`.
@@ -120,7 +137,8 @@ class LocalReader:
         self.limiter = limiter
         self.dropped_write_backs = self.dropped_priorities = 0
         self._before_overwrite = before_overwrite  # e.g. PinStore.before
-        self._view = TableView(root, table, spec.span, remotes=remotes, metrics=metrics)
+        stored, table = table, masked(table, source_tables(sources or {}))
+        self._view = TableView(root, table, spec.span, stored=stored, remotes=remotes, metrics=metrics)
         self._others = [open_source(name, path, table, spec) for name, (path, _) in (sources or {}).items()]
         indices = [(self._view.index, own_weight)]
         weights = [weight for _, weight in (sources or {}).values()]
