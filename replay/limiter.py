@@ -150,7 +150,7 @@ class RateLimiter:
         budget = math.floor(self._origin_inserted + self.prefill_rows + self.band_rows + trained + 1e-6)
         needed = self.min_rows - self.live
         if not self.starts:
-            needed = max(needed, self.tolerance_rows)
+            needed = max(needed, self.band_rows)
         return max(budget, self.inserted + needed)
 
     def check_adjust(
