@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from replay import layout
+from replay import layout, seal
 from replay.admission import MAX_ACTOR, MAX_ENV, stream_key
 from replay.catalog import Catalog
+from replay.cold import ColdSegment
 from replay.index import Run, StartIndex
 from replay.raw import open_raw
 from replay.rows import Home, SegmentHome
@@ -41,7 +42,7 @@ OpenSegment = Callable[[Path, TableSpec], SegmentHome]
 """Opens a segment of one tier. Raises: FileNotFoundError when it is gone; IntegrityError, SchemaError,
 PreflightError."""
 
-OPENERS: Mapping[str, OpenSegment] = {".zarr": open_raw}
+OPENERS: Mapping[str, OpenSegment] = {".zarr": open_raw, ".cold.zarr": ColdSegment}
 """Openers by ending of the segment's name, the most local tier first: of two tiers the first one is read."""
 
 _SEGMENT = re.compile(r"(\d{8}-e\d{4,})(\.[a-z.]+)")
@@ -91,11 +92,14 @@ class _Followed:
         self.known = np.zeros(len(home.committed), np.int64)  # [S]
         self.runs: list[Run[Home] | None] = [None] * len(self.known)
         self.limit: NDArray[np.int64] | None = None  # [S] rows that may be read, where some may not
+        self.sealed = False  # the counters will not change any more
 
     @property
-    def full(self) -> bool:
+    def complete(self) -> bool:
+        """Nothing is to be expected once its counters have been read."""
         rows = self.home.slot_rows
-        return bool((self.known == (rows if self.limit is None else np.minimum(self.limit, rows))).all())
+        most = rows if self.limit is None else np.minimum(self.limit, rows)
+        return self.sealed or bool((self.known == most).all())
 
     def believe(self, good: NDArray[np.int64], seen: NDArray[np.int64]) -> int:
         """Of the `seen` rows of each slot [S] only `good` [S] may be read; return how many that costs.
@@ -220,13 +224,14 @@ class MappedShard:
     def refresh(self, index: StartIndex[Home]) -> None:
         """As ShardView."""
         generation = self._catalog["generation"]
-        if generation != self._generation and self._list(index):
+        listed = generation != self._generation
+        if listed and self._list(index):
             self._generation = generation
         if self._suspects:
             self._take_verdicts()
         grown = [followed.read_counters(index) for followed in self._growing]
-        if any(grown):
-            self._growing = [followed for followed in self._growing if not followed.full]
+        if listed or any(grown):
+            self._growing = [followed for followed in self._growing if not followed.complete]
 
     def release(self, index: StartIndex[Home]) -> None:
         """As ShardView."""
@@ -272,11 +277,13 @@ class MappedShard:
             if before is not None:  # now in another tier
                 followed.limit = before.limit
                 index.drop(before.home)
-            elif vouched is None or path.name not in vouched:
+            elif vouched is None or str(path.relative_to(self._directory)) not in vouched:
                 budget -= self._suspect(key, followed, budget)
                 continue
             self._segments[key] = followed
-        self._growing = [followed for followed in self._segments.values() if not followed.full]
+        self._growing = [followed for followed in self._segments.values() if not followed.complete]
+        for followed in self._growing:
+            followed.sealed = seal.is_sealed(followed.path)
         return settled
 
     def _open(self, path: Path) -> SegmentHome:
@@ -325,6 +332,7 @@ class MappedShard:
                     self._count("replay_rows_skipped_total", lost)
                     what = {"segment": str(followed.path), "rows": lost}
                     log.warning("replay rows skipped: their checksums fail", extra=what)
+                followed.sealed = seal.is_sealed(followed.path)
                 self._segments[key] = followed
                 self._growing.append(followed)
 

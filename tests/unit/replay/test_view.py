@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from replay import follow, layout, synthetic
+from replay import follow, layout, seal, synthetic
 from replay.catalog import Catalog
-from replay.follow import MappedShard
+from replay.cold import plan_codecs, write_cold
 from replay.index import StartIndex
-from replay.raw import open_raw
 from replay.rows import Home, RowViews
-from replay.segment import data_path
+from replay.segment import Segment, data_path
 from replay.shard import ReplayShard
 from replay.vetting import Vetting
 from replay.view import TableView
@@ -162,32 +161,64 @@ def test_shards_come_and_go_and_are_replaced_under_a_reader(tmp_path: Path) -> N
     assert view.index.rows == 0
 
 
-def tier_change(directory: Path, number: int) -> None:
-    """Move a segment to what the follower below takes for another tier, as the mover publishes it."""
-    path = segment(directory, number)
-    path.rename(path.with_name(path.name.replace(".zarr", ".moved.zarr")))
+def make_cold(directory: Path, number: int) -> Path:
+    """Publish the cold tier of a segment beside the raw one, as the mover does."""
+    raw = Segment.open(segment(directory, number), TABLE)
+    manifest = seal.Manifest(
+        name=raw.path.name.removesuffix(".zarr"),
+        tier="raw",
+        schema=TABLE.digest,
+        replay="test",
+        origin=0,
+        number=number,
+        epoch=1,
+        rows=raw.geometry.rows,
+        committed=tuple(raw.committed.tolist()),
+        slots=tuple((actor, env, start) for actor, env, start in raw.slots.tolist()),
+        last=((0, 0, 0, 0),) * raw.geometry.slots,
+        files={},
+    )
+    seal.seal(raw.path, manifest)
+    final = layout.tier_path(raw.path, "cold")
+    return write_cold(raw, TABLE, plan_codecs(raw), directory / layout.SCRATCH / final.name).rename(final)
+
+
+def homes(view: TableView, position: int) -> set[str]:
+    return {type(piece.home).__name__ for piece in view.index.stream(0, 0).pieces(position, 1)}
 
 
 def test_a_segment_may_change_its_tier_under_a_reader(tmp_path: Path) -> None:
     directory = filled(tmp_path)
-    index: StartIndex[Home] = StartIndex(5)
-    openers = {".zarr": open_raw, ".moved.zarr": open_raw}
-    shard = MappedShard(directory, 0, TABLE, Vetting(), openers=openers)
-    shard.refresh(index)
-    tier_change(directory, 1)
+    view = TableView(tmp_path, TABLE, 5)
+    make_cold(directory, 1)
     bump(directory)
-    shard.refresh(index)
-    assert index.stream(0, 0).bounds == [(0, 300)]
-    assert check_rows(index) == 300
-    # A crash left both: the most local one is read.
-    moved = directory / "00000001-e0001.moved.zarr"
-    shutil.copytree(moved, directory / "00000001-e0001.zarr")
+    view.refresh()
+    assert homes(view, 130) == {"MappedSegment"}  # of two tiers the most local one
+    shutil.rmtree(segment(directory, 1))
+    pieces = list(view.index.stream(0, 0).pieces(120, 20))
     bump(directory)
-    shard.refresh(index)
-    homes = {piece.home.segment.path.name for piece in index.stream(0, 0).pieces(128, 60)}
-    assert homes == {"00000001-e0001.zarr"}
-    shard.release(index)
-    assert index.rows == 0
+    view.refresh()
+    assert homes(view, 130) == {"ColdSegment"}
+    assert bounds(view) == [(0, 300)]
+    assert check_rows(view.index) == 300
+    target = {name: np.zeros((12, *spec.shape), spec.dtype) for name, spec in TABLE.all.items()}
+    pieces[1].home.copy_rows(RowViews(target), 0, pieces[1].first, 12)  # planned before the change
+    wanted = synthetic.rows(TABLE, StreamId(actor=0, env=0), 128, 12).columns
+    np.testing.assert_array_equal(target["vector"], wanted["vector"])
+    fresh = TableView(tmp_path, TABLE, 5)
+    assert check_rows(fresh.index) == 300
+    for reader in (view, fresh):
+        reader.release()
+
+
+def test_a_damaged_cold_segment_is_left_out(tmp_path: Path) -> None:
+    directory = filled(tmp_path)
+    cold = make_cold(directory, 1)
+    shutil.rmtree(segment(directory, 1))
+    flip(data_path(cold, "reward", 2), 40)
+    view = TableView(tmp_path, TABLE, 5)
+    assert bounds(view) == [(0, 128), (256, 300)]
+    view.release()
 
 
 def bump(directory: Path) -> None:
