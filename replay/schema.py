@@ -49,14 +49,20 @@ def check_readable(where: str | Path, found: TableSpec, wanted: TableSpec) -> No
     if not problems:
         return
     listed = "; ".join(f"column {name} {why}" for name, why in problems)
-    casts = [f"--cast {name}={wanted.all[name].dtype}" for name, why in problems if why.startswith("stored")]
+    changes, absent = [], False
+    for name, _ in problems:
+        there, here = found.columns.get(name), wanted.columns[name]
+        if there is None or there.shape != here.shape:
+            absent = True
+        if there is not None:
+            cast = there.shape == here.shape and there.dtype != here.dtype
+            changes.append(f"--cast {name}={here.dtype}" if cast else f"--drop {name}")
     remedies = ["choose another replay root", "run with the settings that made it"]
-    if casts:
-        remedies.insert(
-            0, f"make a table that fits with `dreamfleet replay migrate {where} NEW {' '.join(casts)}`"
-        )
-    if len(casts) < len(problems):
-        remedies.insert(0, "give new columns a default in their ArraySpec")
+    if changes:
+        command = f"dreamfleet replay migrate {where} NEW {' '.join(changes)}"
+        remedies.insert(0, f"make a table that fits with `{command}`")
+    if absent:
+        remedies.insert(0, "give columns that are not stored a default in their ArraySpec")
     raise SchemaError(
         f"replay at {where} has schema {found.digest[:12]} but this run needs {wanted.digest[:12]} "
         f"({listed}); "

@@ -34,7 +34,8 @@ def test_another_schema_is_refused_naming_both_and_the_difference(tmp_path: Path
     message = str(refused.value)
     assert TABLE.digest[:12] in message
     assert other.digest[:12] in message
-    assert "column vector: float32[4] vector 0 on disk, float32[5]" in message
+    assert "column vector stored as float32[4] vector, wanted as float32[5] vector" in message
+    assert f"dreamfleet replay migrate {tmp_path} NEW --drop vector" in message
 
 
 @pytest.mark.parametrize(
