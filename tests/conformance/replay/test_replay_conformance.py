@@ -1,96 +1,18 @@
 """What every ReplayWriter + ReplayReader must do; run on the in-memory twin and on shard + local reader."""
 
 import json
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from replay import synthetic
-from replay.client import GrpcReplayWriter, GrpcShardControl
 from replay.limiter import RateLimiter
-from replay.memory import MemoryReplay
-from replay.reader import LocalReader
-from replay.service import serve_shard
-from replay.shard import ReplayShard
 from system.errors import ConfigError, DeadlineError, RejectedError, SchemaError
-from system.experience import Chunk, StreamId, WriteBack
-
-TABLE = synthetic.vector_table()
-EPISODE = 50
-
-
-@dataclass
-class Pair:
-    writer: Any
-    reader: Any
-
-
-Open = Callable[..., AbstractContextManager[Pair]]
-
-
-def settings(**changes: Any) -> dict[str, Any]:
-    base = {"batch": 4, "length": 8, "context": 1, "seed": 5, "ring": 3, "capacity_rows": 4096}
-    return base | {"limiter": RateLimiter(1000.0, 0, 1_000_000, 1)} | changes
-
-
-@pytest.fixture(params=["memory", "local", "grpc"])
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
-    @contextmanager
-    def memory(**changes: Any) -> Iterator[Pair]:
-        replay = MemoryReplay(TABLE, **settings(**changes))
-        yield Pair(replay, replay)
-
-    @contextmanager
-    def local(**changes: Any) -> Iterator[Pair]:
-        chosen = settings(**changes)
-        capacity = chosen.pop("capacity_rows")
-        shard = ReplayShard(tmp_path / "replay", 0, TABLE, capacity_rows=capacity, initial_grant=0)
-        with (
-            closing(shard),
-            closing(LocalReader(tmp_path / "replay", TABLE, controls=[shard], **chosen)) as reader,
-        ):
-            reader.pump()
-            yield Pair(shard, reader)
-
-    @contextmanager
-    def grpc(**changes: Any) -> Iterator[Pair]:
-        chosen = settings(**changes)
-        capacity = chosen.pop("capacity_rows")
-        shard = ReplayShard(tmp_path / "replay", 0, TABLE, capacity_rows=capacity, initial_grant=0)
-        with closing(shard), ExitStack() as stack:
-            server = serve_shard(shard, "127.0.0.1:0")
-            stack.callback(server.stop, 0)
-            control = stack.enter_context(closing(GrpcShardControl(server.address)))
-            writer = stack.enter_context(closing(GrpcReplayWriter(server.address, TABLE)))
-            reader = LocalReader(tmp_path / "replay", TABLE, controls=[control], **chosen)
-            stack.callback(reader.close)
-            reader.pump()
-            yield Pair(writer, reader)
-
-    return {"memory": memory, "local": local, "grpc": grpc}[request.param]
-
-
-def rows(start: int, count: int, *, actor: int = 0, env: int = 0, incarnation: int = 0) -> Chunk:
-    stream = StreamId(actor=actor, env=env)
-    return synthetic.rows(TABLE, stream, start, count, incarnation=incarnation, episode_length=EPISODE)
-
-
-def assert_true_rows(sequence: Any, actor: int = 0) -> None:
-    """Every sampled row holds exactly what its identity says it must."""
-    columns = sequence.columns
-    numbers = synthetic.row_number(columns, EPISODE)
-    for b in range(len(numbers)):
-        stream = StreamId(actor=int(sequence.ids.stream[b]) >> 16, env=int(sequence.ids.stream[b]) & 0xFFFF)
-        assert (np.diff(numbers[b]) == 1).all()
-        wanted = synthetic.rows(TABLE, stream, int(numbers[b, 0]), numbers.shape[1], episode_length=EPISODE)
-        for name, values in wanted.columns.items():
-            np.testing.assert_array_equal(columns[name][b], values, err_msg=name)
+from system.experience import Ack, Chunk, WriteBack
+from tests.conformance.replay.replays import EPISODE, Open, assert_true_rows, rows
 
 
 def test_appended_rows_are_acknowledged_and_counted(pair: Open) -> None:
@@ -145,6 +67,31 @@ def test_a_new_incarnation_closes_the_open_episode_in_what_is_sampled(pair: Open
             assert sequence.columns["is_first"][b, border]
             assert sequence.columns["is_last"][b, border - 1]
             assert not sequence.columns["is_terminal"][b, border - 1]
+
+
+def test_a_stream_that_continues_after_rows_elsewhere_is_taken_up_behind_a_gap(pair: Open) -> None:
+    def later(start: int, count: int) -> Chunk:
+        return replace(rows(start, count), continues=True)
+
+    with pair(batch=64) as opened:
+        assert opened.writer.append([later(10, 40)], 5.0).committed == 40  # its beginning is elsewhere
+        assert opened.writer.append([rows(50, 10)], 5.0).committed == 10
+        with pytest.raises(RejectedError) as refused:
+            opened.writer.append([rows(80, 20)], 5.0)
+        assert refused.value.reason == "gap"
+        assert opened.writer.append([later(80, 20)], 5.0).committed == 20
+        assert opened.writer.append([later(80, 30)], 5.0) == Ack(committed=10, duplicates=20)
+        assert opened.writer.append([rows(110, 40)], 5.0).committed == 40
+        with pytest.raises(RejectedError):
+            opened.writer.append([later(20, 5)], 5.0)  # never backwards: those may be stored
+        starts: set[int] = set()
+        for _ in range(20):
+            sequence = opened.reader.sample(5.0)
+            number = synthetic.row_number(dict(sequence.columns), EPISODE)
+            assert (np.diff(number, axis=1) == 1).all()
+            starts |= set(number[:, 0].tolist())
+        assert starts == {*range(10, 52), *range(80, 142)}
+        assert opened.reader.counts() == (120, 120)
 
 
 def test_sampled_rows_are_the_rows_that_were_written(pair: Open) -> None:
