@@ -97,6 +97,10 @@ class Scratch:
         return local.memory[:nbytes]
 
 
+SCRATCH = Scratch()
+"""Of this process: every home unpacks into the same few pages."""
+
+
 def _page_aligned(nbytes: int) -> Bytes:
     """Numpy's own memory lies 16 bytes off a cache line, where large copies run at half speed."""
     whole = np.empty(nbytes + 4096, np.uint8)

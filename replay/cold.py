@@ -27,7 +27,7 @@ from zarr.storage import MemoryStore
 
 from replay import layout, seal
 from replay.checks import CHECK
-from replay.chunk_codec import LEVEL, Bytes, Codec, Scratch, choose, trial_chunks
+from replay.chunk_codec import LEVEL, SCRATCH, Bytes, Codec, choose, trial_chunks
 from replay.chunked import TieredRows, WideColumn, chunk_of, read_index, write_chunks
 from replay.cut import segment_key
 from replay.overlay import MappedOverlay, map_file, map_rows
@@ -38,7 +38,6 @@ from system.errors import IntegrityError, PreflightError, SchemaError
 from system.specs import ArraySpec, TableSpec
 
 log = logging.getLogger(__name__)
-SCRATCH = Scratch()
 KEPT = ("committed", "_slots", CHECK)
 """Arrays that are the same files in a raw and in a cold segment."""
 

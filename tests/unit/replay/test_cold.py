@@ -1,5 +1,6 @@
 """Cold segments: the same rows in less space, readable by anyone, and no damaged byte in a batch."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,74 +12,19 @@ from replay import chunk_codec, cold, layout, seal, synthetic
 from replay.batches import BatchBuffer
 from replay.raw import MappedSegment
 from replay.rows import RowsGone
-from replay.segment import CHUNK_ROWS, Geometry, Segment, SegmentFormat, data_path
+from replay.segment import CHUNK_ROWS, Segment, data_path
 from system.errors import IntegrityError, SchemaError
-from system.experience import StreamId
-from system.specs import TableSpec
 
 TABLE = synthetic.image_table(16)
-GEOMETRY = Geometry(slots=3, rows=256)
-USED = (256, 100, 0)
-
-
-def frames(count: int) -> np.ndarray:
-    """A bright square that moves over a still, noisy background [count, 16, 16, 3]: shrinks like a game's."""
-    images = np.repeat(np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8), count, 0)
-    for t in range(count):
-        images[t, t % 12 : t % 12 + 4, 3 * t % 12 : 3 * t % 12 + 4] = 255
-    return images
-
-
-def sealed_segment(
-    directory: Path, table: TableSpec = TABLE, *, number: int = 7, noisy: bool = False
-) -> Segment:
-    """A published, sealed raw segment; slot s holds stream s from position 1000 * s on."""
-    (directory / layout.SCRATCH).mkdir(parents=True, exist_ok=True)
-    segment = SegmentFormat(table, GEOMETRY).create(directory, number, 1, number - 1)
-    for slot, used in enumerate(USED):
-        if not used:
-            continue
-        columns = dict(synthetic.rows(table, StreamId(actor=0, env=slot), 0, used).columns)
-        if not noisy:
-            columns["image"] = frames(used)
-        segment.slots[slot] = (0, slot, 1000 * slot)
-        for start in range(0, used, 40):
-            segment.append(slot, start, columns, start, min(start + 40, used))
-    segment.publish(directory)
-    seal.seal(
-        segment.path,
-        seal.Manifest(
-            name=segment.path.name.removesuffix(".zarr"),
-            tier="raw",
-            schema=table.digest,
-            replay="test",
-            origin=0,
-            number=number,
-            epoch=1,
-            rows=GEOMETRY.rows,
-            committed=USED,
-            slots=tuple((a, e, p) for a, e, p in segment.slots.tolist()),
-            last=((0, 0, 0, 0),) * GEOMETRY.slots,
-            files={},
-        ),
-    )
-    return segment
-
-
-def make_cold(directory: Path, segment: Segment, table: TableSpec = TABLE) -> Path:
-    final = layout.tier_path(segment.path, "cold")
-    draft = directory / layout.SCRATCH / final.name
-    cold.write_cold(segment, table, cold.plan_codecs(segment), draft).rename(final)
-    return final
-
-
-@pytest.fixture
-def shard(tmp_path: Path) -> Path:
-    return layout.shard_dir(tmp_path, 0)
+USED = (256, 100, 0)  # as the fixture makes them
+MakeSegment = Callable[..., Segment]
+MakePath = Callable[..., Path]
 
 
 @pytest.mark.parametrize("noisy", [False, True], ids=["packed", "checked"])
-def test_a_cold_segment_gives_the_rows_of_the_raw_one(shard: Path, noisy: bool) -> None:
+def test_a_cold_segment_gives_the_rows_of_the_raw_one(
+    shard: Path, noisy: bool, sealed_segment: MakeSegment, make_cold: MakePath
+) -> None:
     segment = sealed_segment(shard, noisy=noisy)
     raw, home = MappedSegment(segment), cold.ColdSegment(make_cold(shard, segment), TABLE)
     assert cold.plan_codecs(segment)["image"] == ("checked" if noisy else "packed")
@@ -93,7 +39,7 @@ def test_a_cold_segment_gives_the_rows_of_the_raw_one(shard: Path, noisy: bool) 
             np.testing.assert_array_equal(found.columns[name], values, err_msg=f"{name} {first}")
 
 
-def test_only_what_shrinks_is_packed(shard: Path) -> None:
+def test_only_what_shrinks_is_packed(shard: Path, sealed_segment: MakeSegment, make_cold: MakePath) -> None:
     segment = sealed_segment(shard)
     plan = cold.plan_codecs(segment)
     assert {name for name, codec in plan.items() if codec != "plain"} == {"image"}
@@ -105,7 +51,9 @@ def test_only_what_shrinks_is_packed(shard: Path) -> None:
 
 
 @pytest.mark.parametrize("noisy", [False, True], ids=["packed", "checked"])
-def test_other_zarr_implementations_read_a_cold_segment(shard: Path, noisy: bool) -> None:
+def test_other_zarr_implementations_read_a_cold_segment(
+    shard: Path, noisy: bool, sealed_segment: MakeSegment, make_cold: MakePath
+) -> None:
     segment = sealed_segment(shard, noisy=noisy)
     path = make_cold(shard, segment)
     group = zarr.open_group(path, mode="r")
@@ -121,12 +69,14 @@ def test_other_zarr_implementations_read_a_cold_segment(shard: Path, noisy: bool
     np.testing.assert_array_equal(np.asarray(group["_slots"][:]), segment.slots)
 
 
-def test_no_flipped_byte_of_a_chunk_reaches_a_batch(shard: Path) -> None:
+def test_no_flipped_byte_of_a_chunk_reaches_a_batch(
+    shard: Path, sealed_segment: MakeSegment, make_cold: MakePath
+) -> None:
     segment = sealed_segment(shard)
     path = make_cold(shard, segment)
     file = data_path(path, "image", 5)
     whole = file.read_bytes()
-    index = 3 * GEOMETRY.rows // CHUNK_ROWS * 16 + 4
+    index = 3 * 256 // CHUNK_ROWS * 16 + 4
     buffer = BatchBuffer(TABLE.all, 1, 65)
     rng = np.random.default_rng(1)
     for at in rng.integers(0, len(whole) - index, 60).tolist():
@@ -158,14 +108,18 @@ def test_no_flipped_byte_of_a_chunk_reaches_a_batch(shard: Path) -> None:
     ],
     ids=["cut", "index", "empty", "deleted"],
 )
-def test_a_damaged_file_refuses_to_open(shard: Path, spoil) -> None:
+def test_a_damaged_file_refuses_to_open(
+    shard: Path, spoil, sealed_segment: MakeSegment, make_cold: MakePath
+) -> None:
     path = make_cold(shard, sealed_segment(shard))
     spoil(data_path(path, "image", 5))
     with pytest.raises(IntegrityError):
         cold.ColdSegment(path, TABLE)
 
 
-def test_a_segment_of_another_table_is_refused(shard: Path) -> None:
+def test_a_segment_of_another_table_is_refused(
+    shard: Path, sealed_segment: MakeSegment, make_cold: MakePath
+) -> None:
     path = make_cold(shard, sealed_segment(shard))
     with pytest.raises(SchemaError, match="another replay"):
         cold.ColdSegment(path, synthetic.vector_table())
@@ -173,7 +127,9 @@ def test_a_segment_of_another_table_is_refused(shard: Path) -> None:
         cold.ColdSegment(layout.tier_path(shard / "00000099-e0001.zarr", "cold"), TABLE)
 
 
-def test_latents_written_to_a_cold_segment_are_read_back_and_checked(shard: Path) -> None:
+def test_latents_written_to_a_cold_segment_are_read_back_and_checked(
+    shard: Path, sealed_segment: MakeSegment, make_cold: MakePath
+) -> None:
     segment = sealed_segment(shard)
     home = cold.ColdSegment(make_cold(shard, segment), TABLE)
     values = np.arange(80, dtype=np.uint16).reshape(10, 8)
@@ -185,7 +141,9 @@ def test_latents_written_to_a_cold_segment_are_read_back_and_checked(shard: Path
     assert segment.mend_overlay() == 0
 
 
-def test_what_was_written_is_compared_before_it_counts(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_written_is_compared_before_it_counts(
+    shard: Path, monkeypatch: pytest.MonkeyPatch, sealed_segment: MakeSegment
+) -> None:
     segment = sealed_segment(shard)
     draft = shard / layout.SCRATCH / layout.tier_path(segment.path, "cold").name
     live = cold.live_rows
