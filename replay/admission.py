@@ -38,13 +38,17 @@ def stream_of(key: int) -> StreamId:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """The newest stored row of a stream; `position` is where the next row goes. Positions only grow."""
+    """The newest stored row of a stream; `position` is where the next row goes. Positions only grow.
+
+    A torn cursor stands before acknowledged rows that were lost: what comes next may begin later.
+    """
 
     position: int
     incarnation: int
     episode: int
     step: int
     is_last: bool
+    torn: bool = False
 
     @classmethod
     def after(cls, columns: Columns, row: int, position: int) -> Cursor:
@@ -181,7 +185,7 @@ def rows_known(cursor: Cursor | None, newest_incarnation: int, chunk: Chunk) -> 
             f"{newest_incarnation}; stop the old process",
         )
     if cursor is None or incarnation > cursor.incarnation:
-        if step != 0:
+        if step != 0 and not chunk.continues and not (cursor is not None and cursor.torn):
             raise RejectedError(
                 "incarnation",
                 f"incarnation {incarnation} of {stream} begins at episode {episode} step {step}, must begin "
@@ -191,6 +195,8 @@ def rows_known(cursor: Cursor | None, newest_incarnation: int, chunk: Chunk) -> 
     stored = (cursor.episode, cursor.step)
     wanted = (cursor.episode + 1, 0) if cursor.is_last else (cursor.episode, cursor.step + 1)
     if (episode, step) > wanted:
+        if cursor.torn or chunk.continues:
+            return 0
         raise RejectedError(
             "gap",
             f"chunk of {stream} begins at episode {episode} step {step}, must continue at episode "
@@ -208,6 +214,18 @@ def rows_known(cursor: Cursor | None, newest_incarnation: int, chunk: Chunk) -> 
             "start a new incarnation",
         )
     return known
+
+
+def leaves_gap(cursor: Cursor | None, chunk: Chunk) -> bool:
+    """Whether a chunk that `continues`, none of whose rows are known, lies behind rows that are not here.
+
+    The store must then skip a position, so that no sequence spans the gap.
+    """
+    if cursor is None or cursor.torn:  # nothing before it; or positions were skipped already
+        return False
+    begins = (int(chunk.columns["incarnation"][0]), *_identity(chunk.columns, 0))
+    wanted = (cursor.episode + 1, 0) if cursor.is_last else (cursor.episode, cursor.step + 1)
+    return begins != (cursor.incarnation, *wanted)
 
 
 def _identity(columns: Columns, row: int) -> tuple[int, int]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17replay/experience.proto\x12\x14\x64reamfleet.replay.v1\"Z\n\rAppendRequest\x12\x0e\n\x06schema\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x03(\r\x12\x0b\n\x03\x65nv\x18\x03 \x03(\r\x12\x0c\n\x04rows\x18\x04 \x03(\r\x12\x0f\n\x07payload\x18\x05 \x01(\x0c\"4\n\x0b\x41ppendReply\x12\x11\n\tcommitted\x18\x01 \x01(\x04\x12\x12\n\nduplicates\x18\x02 \x01(\x04\"$\n\x0cGrantRequest\x12\x14\n\x0cmax_inserted\x18\x01 \x01(\x03\"\x0c\n\nGrantReply\"\x0e\n\x0cStatsRequest\"\xeb\x02\n\nStatsReply\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08inserted\x18\x02 \x01(\x03\x12\x0c\n\x04rows\x18\x03 \x01(\x03\x12\x0e\n\x06nbytes\x18\x04 \x01(\x03\x12\x10\n\x08segments\x18\x05 \x01(\x03\x12\x0f\n\x07streams\x18\x06 \x01(\x03\x12\x12\n\nduplicates\x18\x07 \x01(\x03\x12\x10\n\x08rejected\x18\x08 \x01(\x03\x12\x0f\n\x07\x65victed\x18\t \x01(\x03\x12\x0f\n\x07waiting\x18\n \x01(\x03\x12\x0f\n\x07granted\x18\x0b \x01(\x03\x12\x14\n\x0cwait_seconds\x18\x0c \x01(\x01\x12\r\n\x05\x65poch\x18\r \x01(\x03\x12H\n\x0cincarnations\x18\x0e \x03(\x0b\x32\x32.dreamfleet.replay.v1.StatsReply.IncarnationsEntry\x1a\x33\n\x11IncarnationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"M\n\rBoundsRequest\x12\x0e\n\x06schema\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\x12\x0c\n\x04life\x18\x03 \x01(\x06\x12\x0f\n\x07version\x18\x04 \x01(\x03\"\xa2\x01\n\x0b\x42oundsReply\x12\x0c\n\x04life\x18\x01 \x01(\x06\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x11\n\tunchanged\x18\x03 \x01(\x08\x12\x11\n\tfragments\x18\x04 \x01(\x0c\x12\x10\n\x08inserted\x18\x05 \x01(\x03\x12\x0f\n\x07waiting\x18\x06 \x01(\x03\x12\x15\n\rcapacity_rows\x18\x07 \x01(\x03\x12\x14\n\x0csegment_rows\x18\x08 \x01(\x03\"Y\n\x0bReadRequest\x12\x0c\n\x04life\x18\x01 \x01(\x06\x12\x0e\n\x06origin\x18\x02 \x03(\r\x12\x0e\n\x06stream\x18\x03 \x03(\r\x12\r\n\x05start\x18\x04 \x03(\x03\x12\r\n\x05\x63ount\x18\x05 \x03(\r\"*\n\tReadReply\x12\x0c\n\x04rows\x18\x01 \x03(\r\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"T\n\x10WriteBackRequest\x12\x0c\n\x04life\x18\x01 \x01(\x06\x12\x32\n\x07patches\x18\x02 \x03(\x0b\x32!.dreamfleet.replay.v1.OverlayRows\"Z\n\x0bOverlayRows\x12\x0e\n\x06origin\x18\x01 \x01(\r\x12\x0e\n\x06stream\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\x03\x12\x0e\n\x06\x63olumn\x18\x04 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"!\n\x0eWriteBackReply\x12\x0f\n\x07written\x18\x01 \x01(\x04\x32\xfc\x03\n\rReplayService\x12R\n\x06\x41ppend\x12#.dreamfleet.replay.v1.AppendRequest\x1a!.dreamfleet.replay.v1.AppendReply(\x01\x12M\n\x05Grant\x12\".dreamfleet.replay.v1.GrantRequest\x1a .dreamfleet.replay.v1.GrantReply\x12M\n\x05Stats\x12\".dreamfleet.replay.v1.StatsRequest\x1a .dreamfleet.replay.v1.StatsReply\x12R\n\x06\x42ounds\x12#.dreamfleet.replay.v1.BoundsRequest\x1a!.dreamfleet.replay.v1.BoundsReply0\x01\x12J\n\x04Read\x12!.dreamfleet.replay.v1.ReadRequest\x1a\x1f.dreamfleet.replay.v1.ReadReply\x12Y\n\tWriteBack\x12&.dreamfleet.replay.v1.WriteBackRequest\x1a$.dreamfleet.replay.v1.WriteBackReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17replay/experience.proto\x12\x14\x64reamfleet.replay.v1\"m\n\rAppendRequest\x12\x0e\n\x06schema\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x03(\r\x12\x0b\n\x03\x65nv\x18\x03 \x03(\r\x12\x0c\n\x04rows\x18\x04 \x03(\r\x12\x0f\n\x07payload\x18\x05 \x01(\x0c\x12\x11\n\tcontinues\x18\x06 \x03(\x08\"4\n\x0b\x41ppendReply\x12\x11\n\tcommitted\x18\x01 \x01(\x04\x12\x12\n\nduplicates\x18\x02 \x01(\x04\"$\n\x0cGrantRequest\x12\x14\n\x0cmax_inserted\x18\x01 \x01(\x03\"\x0c\n\nGrantReply\"\x0e\n\x0cStatsRequest\"\xeb\x02\n\nStatsReply\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08inserted\x18\x02 \x01(\x03\x12\x0c\n\x04rows\x18\x03 \x01(\x03\x12\x0e\n\x06nbytes\x18\x04 \x01(\x03\x12\x10\n\x08segments\x18\x05 \x01(\x03\x12\x0f\n\x07streams\x18\x06 \x01(\x03\x12\x12\n\nduplicates\x18\x07 \x01(\x03\x12\x10\n\x08rejected\x18\x08 \x01(\x03\x12\x0f\n\x07\x65victed\x18\t \x01(\x03\x12\x0f\n\x07waiting\x18\n \x01(\x03\x12\x0f\n\x07granted\x18\x0b \x01(\x03\x12\x14\n\x0cwait_seconds\x18\x0c \x01(\x01\x12\r\n\x05\x65poch\x18\r \x01(\x03\x12H\n\x0cincarnations\x18\x0e \x03(\x0b\x32\x32.dreamfleet.replay.v1.StatsReply.IncarnationsEntry\x1a\x33\n\x11IncarnationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"M\n\rBoundsRequest\x12\x0e\n\x06schema\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\x12\x0c\n\x04life\x18\x03 \x01(\x06\x12\x0f\n\x07version\x18\x04 \x01(\x03\"\xa2\x01\n\x0b\x42oundsReply\x12\x0c\n\x04life\x18\x01 \x01(\x06\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x11\n\tunchanged\x18\x03 \x01(\x08\x12\x11\n\tfragments\x18\x04 \x01(\x0c\x12\x10\n\x08inserted\x18\x05 \x01(\x03\x12\x0f\n\x07waiting\x18\x06 \x01(\x03\x12\x15\n\rcapacity_rows\x18\x07 \x01(\x03\x12\x14\n\x0csegment_rows\x18\x08 \x01(\x03\"Y\n\x0bReadRequest\x12\x0c\n\x04life\x18\x01 \x01(\x06\x12\x0e\n\x06origin\x18\x02 \x03(\r\x12\x0e\n\x06stream\x18\x03 \x03(\r\x12\r\n\x05start\x18\x04 \x03(\x03\x12\r\n\x05\x63ount\x18\x05 \x03(\r\"*\n\tReadReply\x12\x0c\n\x04rows\x18\x01 \x03(\r\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"T\n\x10WriteBackRequest\x12\x0c\n\x04life\x18\x01 \x01(\x06\x12\x32\n\x07patches\x18\x02 \x03(\x0b\x32!.dreamfleet.replay.v1.OverlayRows\"Z\n\x0bOverlayRows\x12\x0e\n\x06origin\x18\x01 \x01(\r\x12\x0e\n\x06stream\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\x03\x12\x0e\n\x06\x63olumn\x18\x04 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"!\n\x0eWriteBackReply\x12\x0f\n\x07written\x18\x01 \x01(\x04\x32\xfc\x03\n\rReplayService\x12R\n\x06\x41ppend\x12#.dreamfleet.replay.v1.AppendRequest\x1a!.dreamfleet.replay.v1.AppendReply(\x01\x12M\n\x05Grant\x12\".dreamfleet.replay.v1.GrantRequest\x1a .dreamfleet.replay.v1.GrantReply\x12M\n\x05Stats\x12\".dreamfleet.replay.v1.StatsRequest\x1a .dreamfleet.replay.v1.StatsReply\x12R\n\x06\x42ounds\x12#.dreamfleet.replay.v1.BoundsRequest\x1a!.dreamfleet.replay.v1.BoundsReply0\x01\x12J\n\x04Read\x12!.dreamfleet.replay.v1.ReadRequest\x1a\x1f.dreamfleet.replay.v1.ReadReply\x12Y\n\tWriteBack\x12&.dreamfleet.replay.v1.WriteBackRequest\x1a$.dreamfleet.replay.v1.WriteBackReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATSREPLY_INCARNATIONSENTRY']._loaded_options = None
   _globals['_STATSREPLY_INCARNATIONSENTRY']._serialized_options = b'8\001'
   _globals['_APPENDREQUEST']._serialized_start=49
-  _globals['_APPENDREQUEST']._serialized_end=139
-  _globals['_APPENDREPLY']._serialized_start=141
-  _globals['_APPENDREPLY']._serialized_end=193
-  _globals['_GRANTREQUEST']._serialized_start=195
-  _globals['_GRANTREQUEST']._serialized_end=231
-  _globals['_GRANTREPLY']._serialized_start=233
-  _globals['_GRANTREPLY']._serialized_end=245
-  _globals['_STATSREQUEST']._serialized_start=247
-  _globals['_STATSREQUEST']._serialized_end=261
-  _globals['_STATSREPLY']._serialized_start=264
-  _globals['_STATSREPLY']._serialized_end=627
-  _globals['_STATSREPLY_INCARNATIONSENTRY']._serialized_start=576
-  _globals['_STATSREPLY_INCARNATIONSENTRY']._serialized_end=627
-  _globals['_BOUNDSREQUEST']._serialized_start=629
-  _globals['_BOUNDSREQUEST']._serialized_end=706
-  _globals['_BOUNDSREPLY']._serialized_start=709
-  _globals['_BOUNDSREPLY']._serialized_end=871
-  _globals['_READREQUEST']._serialized_start=873
-  _globals['_READREQUEST']._serialized_end=962
-  _globals['_READREPLY']._serialized_start=964
-  _globals['_READREPLY']._serialized_end=1006
-  _globals['_WRITEBACKREQUEST']._serialized_start=1008
-  _globals['_WRITEBACKREQUEST']._serialized_end=1092
-  _globals['_OVERLAYROWS']._serialized_start=1094
-  _globals['_OVERLAYROWS']._serialized_end=1184
-  _globals['_WRITEBACKREPLY']._serialized_start=1186
-  _globals['_WRITEBACKREPLY']._serialized_end=1219
-  _globals['_REPLAYSERVICE']._serialized_start=1222
-  _globals['_REPLAYSERVICE']._serialized_end=1730
+  _globals['_APPENDREQUEST']._serialized_end=158
+  _globals['_APPENDREPLY']._serialized_start=160
+  _globals['_APPENDREPLY']._serialized_end=212
+  _globals['_GRANTREQUEST']._serialized_start=214
+  _globals['_GRANTREQUEST']._serialized_end=250
+  _globals['_GRANTREPLY']._serialized_start=252
+  _globals['_GRANTREPLY']._serialized_end=264
+  _globals['_STATSREQUEST']._serialized_start=266
+  _globals['_STATSREQUEST']._serialized_end=280
+  _globals['_STATSREPLY']._serialized_start=283
+  _globals['_STATSREPLY']._serialized_end=646
+  _globals['_STATSREPLY_INCARNATIONSENTRY']._serialized_start=595
+  _globals['_STATSREPLY_INCARNATIONSENTRY']._serialized_end=646
+  _globals['_BOUNDSREQUEST']._serialized_start=648
+  _globals['_BOUNDSREQUEST']._serialized_end=725
+  _globals['_BOUNDSREPLY']._serialized_start=728
+  _globals['_BOUNDSREPLY']._serialized_end=890
+  _globals['_READREQUEST']._serialized_start=892
+  _globals['_READREQUEST']._serialized_end=981
+  _globals['_READREPLY']._serialized_start=983
+  _globals['_READREPLY']._serialized_end=1025
+  _globals['_WRITEBACKREQUEST']._serialized_start=1027
+  _globals['_WRITEBACKREQUEST']._serialized_end=1111
+  _globals['_OVERLAYROWS']._serialized_start=1113
+  _globals['_OVERLAYROWS']._serialized_end=1203
+  _globals['_WRITEBACKREPLY']._serialized_start=1205
+  _globals['_WRITEBACKREPLY']._serialized_end=1238
+  _globals['_REPLAYSERVICE']._serialized_start=1241
+  _globals['_REPLAYSERVICE']._serialized_end=1749
 # @@protoc_insertion_point(module_scope)

@@ -7,18 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AppendRequest(_message.Message):
-    __slots__ = ("schema", "actor", "env", "rows", "payload")
+    __slots__ = ("schema", "actor", "env", "rows", "payload", "continues")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     ENV_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    CONTINUES_FIELD_NUMBER: _ClassVar[int]
     schema: str
     actor: _containers.RepeatedScalarFieldContainer[int]
     env: _containers.RepeatedScalarFieldContainer[int]
     rows: _containers.RepeatedScalarFieldContainer[int]
     payload: bytes
-    def __init__(self, schema: _Optional[str] = ..., actor: _Optional[_Iterable[int]] = ..., env: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    continues: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, schema: _Optional[str] = ..., actor: _Optional[_Iterable[int]] = ..., env: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., payload: _Optional[bytes] = ..., continues: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class AppendReply(_message.Message):
     __slots__ = ("committed", "duplicates")

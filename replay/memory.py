@@ -6,12 +6,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from replay.admission import Cursor, check_chunk, rows_known, stream_key
+from replay.admission import Cursor, check_chunk, leaves_gap, rows_known, stream_key
 from replay.batch_spec import BatchSpec
 from replay.index import Run, StartIndex
 from replay.limiter import RateLimiter
@@ -165,6 +166,8 @@ class MemoryReplay:
                     return stored
                 self._observe()
                 room = min(total - known, self.limiter.insert_budget() - self._inserted)
+                if room > 0 and chunk.continues and not known and leaves_gap(self._cursors.get(key), chunk):
+                    self._skip(key)
                 if room > 0:
                     stored += self._store(key, chunk, known, room)
                     continue
@@ -201,6 +204,12 @@ class MemoryReplay:
             self._evict_oldest()
         self._changed.notify_all()
         return count
+
+    def _skip(self, key: int) -> None:
+        """Leave a gap of one position, as the shards do."""
+        self._tails.pop(key, None)
+        cursor = self._cursors[key]
+        self._cursors[key] = replace(cursor, position=cursor.position + 1, torn=True)
 
     def _evict_oldest(self) -> None:
         key, block = self._blocks.popleft()

@@ -78,6 +78,8 @@ class RowCodec:
             env=[chunk.stream.env for chunk, _, _ in parts],
             rows=[stop - start for _, start, stop in parts],
         )
+        if any(chunk.continues for chunk, _, _ in parts):
+            head.continues.extend(chunk.continues and start == 0 for chunk, start, _ in parts)
         pieces: list[Any] = [
             np.ascontiguousarray(chunk.columns[name][start:stop])
             for name in self._order
@@ -113,7 +115,8 @@ class RowCodec:
             )
         counts, payload = list(message.rows), message.payload
         total = sum(counts)
-        if not len(message.actor) == len(message.env) == len(counts) or 0 in counts:
+        continues = list(message.continues) or [False] * len(counts)
+        if not len(message.actor) == len(message.env) == len(continues) == len(counts) or 0 in counts:
             raise RejectedError(
                 "shape",
                 f"message names {len(message.actor)} actors, {len(message.env)} envs and {len(counts)} "
@@ -131,8 +134,11 @@ class RowCodec:
             Chunk(
                 stream=StreamId(actor=actor, env=env),
                 columns={name: values[first:stop] for name, values in columns.items()},
+                continues=goes_on,
             )
-            for actor, env, first, stop in zip(message.actor, message.env, ends[:-1], ends[1:], strict=True)
+            for actor, env, goes_on, first, stop in zip(
+                message.actor, message.env, continues, ends[:-1], ends[1:], strict=True
+            )
         ]
         return RowBatch(chunks=chunks, columns=columns, ends=ends[1:])
 
