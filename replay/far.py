@@ -36,7 +36,7 @@ from replay.read_ahead import ReadAhead, shared_read_ahead
 from replay.rows import RowsGone, RowViews
 from replay.segment import CHUNK_ROWS, data_path
 from replay.vetting import sealed_rows
-from system.errors import IntegrityError
+from system.errors import IntegrityError, PreflightError
 from system.specs import TableSpec
 
 log = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ class FarSegment:
     ) -> None:
         """Open by the manifest at `path`; narrow columns that are not kept here are fetched.
 
-        Raises: FileNotFoundError when it is gone; SchemaError; IntegrityError; StoreError.
+        Raises: FileNotFoundError when it is gone; SchemaError; IntegrityError; PreflightError.
         """
         manifest = seal.read_manifest(path)
         extra = manifest.extra
@@ -268,7 +268,14 @@ class FarSegment:
         """The local file of a narrow column."""
         kept = layout.kept_path(self.path) / name
         if not kept.exists():
-            data = self._store.get(key)
+            try:
+                data = self._store.get(key)
+            except StoreError as error:
+                raise PreflightError(f"segment {self.path.name} cannot be opened now: {error}") from error
+            except FileNotFoundError as error:
+                raise IntegrityError(
+                    f"{self._store.url}/{key} is gone; `dreamfleet replay repair`"
+                ) from error
             _compare(f"{self._store.url}/{key}", data, *check)
             kept.parent.mkdir(exist_ok=True)
             draft = kept.with_name(f".{name}-{os.getpid()}")

@@ -20,6 +20,7 @@ from replay import layout, seal
 from replay.admission import MAX_ACTOR, MAX_ENV, stream_key
 from replay.catalog import Catalog
 from replay.cold import ColdSegment
+from replay.far import FarSegment
 from replay.index import Run, StartIndex
 from replay.raw import open_raw
 from replay.rows import Home, SegmentHome
@@ -42,7 +43,11 @@ OpenSegment = Callable[[Path, TableSpec], SegmentHome]
 """Opens a segment of one tier. Raises: FileNotFoundError when it is gone; IntegrityError, SchemaError,
 PreflightError."""
 
-OPENERS: Mapping[str, OpenSegment] = {".zarr": open_raw, ".cold.zarr": ColdSegment}
+OPENERS: Mapping[str, OpenSegment] = {
+    ".zarr": open_raw,
+    ".cold.zarr": ColdSegment,
+    ".far.json": FarSegment,
+}
 """Openers by ending of the segment's name, the most local tier first: of two tiers the first one is read."""
 
 _SEGMENT = re.compile(r"(\d{8}-e\d{4,})(\.[a-z.]+)")
