@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.load import Load, Row
-from bench.ratio_fleet import TABLES, Child, shard_child, writer_child
+from bench.ratio_fleet import CONTEXT, DEPTH, TABLES, Child, shard_child, writer_child
 from learner.batches import Batches
 from replay import layout
 from replay.catalog import Catalog
@@ -31,7 +31,7 @@ from replay.reader import LocalReader
 from system.errors import DeadlineError
 from system.seeds import generator
 
-BATCH, LENGTH, CONTEXT, DEPTH = 8, 32, 1, 2
+BATCH, LENGTH = 8, 32
 UPDATE_ROWS = BATCH * LENGTH
 RATIO = 8.0
 PREFILL, TOLERANCE = 1024, 1024
@@ -104,23 +104,26 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             thread.join()
         ended = learner.reader.governor.books.seconds
     case = f"{options.shards} shards {options.writers}+ writers"
-    yield from _ratio_rows(case, recorder.marks, options.window, load.foreign)
+    yield from ratio_rows("ratio", case, recorder.marks, options.window, RATIO, UPDATE_ROWS, load.foreign)
     for side, seconds in ended.items():
         yield Row(bench="ratio", case=case, metric=f"{side}_wait", value=seconds - begun[side], unit="s")
     for event, count in sorted(fleet.events.items()):
         yield Row(bench="ratio", case=case, metric=event, value=count, unit="times")
-    yield from _table(recorder.marks, options.window)
+    yield from ratio_table("ratio", recorder.marks, options.window, RATIO)
 
 
-def _ratio_rows(case: str, marks: Sequence[Mark], window: int, foreign: float) -> Iterator[Row]:
+def ratio_rows(
+    bench: str, case: str, marks: Sequence[Mark], window: int, asked: float, update_rows: int, foreign: float
+) -> Iterator[Row]:
+    """How far the held ratio was off the asked one, over all windows."""
     first, last = marks[0], marks[-1]
     seconds, inserted = last.time - first.time, last.inserted - first.inserted
     trained = last.trained - first.trained
-    off = np.array([abs(ratio / RATIO - 1) for _, ratio in window_ratios(marks, window)])  # [W]
+    off = np.array([abs(ratio / asked - 1) for _, ratio in window_ratios(marks, window)])  # [W]
     values = {
         "insert_rate": (inserted / seconds, "rows/s"),
-        "update_rate": (trained / UPDATE_ROWS / seconds, "updates/s"),
-        "whole_run_off": (100 * abs(trained / max(inserted, 1) / RATIO - 1), "%"),
+        "update_rate": (trained / update_rows / seconds, "updates/s"),
+        "whole_run_off": (100 * abs(trained / max(inserted, 1) / asked - 1), "%"),
         "windows": (float(len(off)), f"of {window} s"),
     }
     if len(off):
@@ -131,19 +134,20 @@ def _ratio_rows(case: str, marks: Sequence[Mark], window: int, foreign: float) -
         }
     for metric, (value, unit) in values.items():
         yield Row(
-            bench="ratio", case=case, metric=metric, value=value, unit=unit,
+            bench=bench, case=case, metric=metric, value=value, unit=unit,
             n=len(off) if "off" in metric else 1, foreign_load=foreign,
         )  # fmt: skip
 
 
-def _table(marks: Sequence[Mark], window: int) -> Iterator[Row]:
+def ratio_table(bench: str, marks: Sequence[Mark], window: int, asked: float) -> Iterator[Row]:
+    """The held ratio every TABLE_SECONDS."""
     due = float(window)
     for end, ratio in window_ratios(marks, window):
         if end >= due:
             due += TABLE_SECONDS
             yield Row(
-                bench="ratio", case=f"{window} s to second {end:.0f}", metric="train_ratio", value=ratio,
-                unit="rows/row", ratio=ratio / RATIO, ratio_to="asked",
+                bench=bench, case=f"{window} s to second {end:.0f}", metric="train_ratio", value=ratio,
+                unit="rows/row", ratio=ratio / asked, ratio_to="asked",
             )  # fmt: skip
 
 

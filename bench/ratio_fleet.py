@@ -6,6 +6,7 @@ Each child ends when its standard input closes, so nothing outlives the bench, h
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,8 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from bench.replay_feed import Feed
+from learner.batches import Batches
 from replay import synthetic
-from replay.client import GrpcReplayWriter
+from replay.client import GrpcReplayWriter, GrpcShardControl
+from replay.limiter import RateLimiter
+from replay.reader import LocalReader
 from replay.service import serve_shard
 from replay.shard import ReplayShard
 from system.errors import DeadlineError, InfrastructureError
@@ -37,6 +41,9 @@ APPEND_SECONDS = 5.0
 MOOD_SECONDS = 5.0
 """How often a writer changes its speed."""
 START_SECONDS = 60.0
+CLOSE_SECONDS = 15.0
+CONTEXT, DEPTH = 1, 2
+"""Rows that only supply latents, and batches drawn ahead: as a run has them."""
 
 
 class Child:
@@ -44,7 +51,7 @@ class Child:
 
     def __init__(self, call: str, *, ready: bool, before: Callable[[], None] | None = None) -> None:
         """`before` runs in the child ahead of Python. Raises: InfrastructureError when it ends unready."""
-        code = f"from bench.ratio_fleet import serve, write; {call}"
+        code = f"from bench.ratio_fleet import read, serve, write; {call}"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=before,
@@ -52,6 +59,7 @@ class Child:
         self.pid = self._process.pid
         self.said = self._answer() if ready else ""
         self.stopped = False
+        self._listener: threading.Thread | None = None
 
     @property
     def alive(self) -> bool:
@@ -70,16 +78,37 @@ class Child:
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+
+    def listen(self) -> None:
+        """Keep the newest line it prints in `said`, in a thread."""
+        stdout = self._process.stdout
+        assert stdout is not None
+
+        def follow() -> None:
+            with contextlib.suppress(ValueError):  # closed while reading
+                for line in stdout:
+                    self.said = line
+
+        self._listener = threading.Thread(target=follow, daemon=True)
+        self._listener.start()
 
     def close(self) -> None:
         """Let it end by itself, or end it."""
         with contextlib.suppress(ProcessLookupError):
             self.go_on()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
-            self._process.communicate("", timeout=10.0)
+            self._process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self._process.kill()
+            self._process.wait()
+        if self._listener is not None:
+            self._listener.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -108,6 +137,16 @@ def writer_child(
 ) -> Child:  # fmt: skip
     """A writer of about `rate` rows per second."""
     call = f"write({port}, {case!r}, {actor}, {incarnation}, {rate}, {envs}, {chunk}, {seed})"
+    return Child(call, ready=False, before=before)
+
+
+def reader_child(
+    root: Path, ports: list[int], case: str, *, batch: int, length: int, ratio: float, prefill: int,
+    update_seconds: float, seed: int, before: Callable[[], None] | None = None,
+) -> Child:  # fmt: skip
+    """A learner without a model, that says after every batch what it has done (`Child.listen`)."""
+    call = f"read({str(root)!r}, {ports}, {case!r}, {batch}, {length}, {ratio}, {prefill}, "
+    call += f"{update_seconds}, {seed})"
     return Child(call, ready=False, before=before)
 
 
@@ -153,3 +192,32 @@ def write(
                     break
                 except (DeadlineError, InfrastructureError):
                     continue  # back-pressure or a dead shard: the same rows go again
+
+
+def read(
+    root: str, ports: list[int], case: str, batch: int, length: int, ratio: float, prefill: int,
+    update_seconds: float, seed: int,
+) -> None:  # fmt: skip
+    """Child: take batches, wait as long as an update would take, report each, until stdin closes."""
+    closed = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), closed.set()), daemon=True).start()
+    limiter = RateLimiter(ratio, prefill, 4 * batch * length, length + CONTEXT, paced=True)
+    controls = [GrpcShardControl(f"127.0.0.1:{port}") for port in ports]
+    reader = LocalReader(
+        Path(root), TABLES[case](), batch=batch, length=length, context=CONTEXT, seed=seed,
+        limiter=limiter, controls=controls, ring=DEPTH + 2,
+    )  # fmt: skip
+    batches = Batches(reader, DEPTH, 0.5, ring=DEPTH + 2)
+    taken = check = 0
+    while not closed.is_set():
+        with contextlib.suppress(DeadlineError):
+            sequence = batches.next()
+            check ^= int(sequence.columns["policy_version"].sum())  # touch what was copied
+            taken += 1
+        line = {"trained": taken * batch * length, "line": reader.governor.line()}
+        print(json.dumps(line), flush=True)
+        time.sleep(update_seconds)
+    batches.stop()
+    reader.close()
+    for control in controls:
+        control.close()

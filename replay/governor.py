@@ -144,7 +144,7 @@ _SENTENCES = {
 
 
 class Governor:
-    """The limiter in its surroundings. Belongs to the thread that samples; `adjust` may come from any."""
+    """The limiter in its surroundings. Belongs to the sampling thread; any may ask `line` and `report`."""
 
     def __init__(
         self, limiter: RateLimiter, controls: Sequence[GrantTaker], *, metrics: Metrics | None = None
@@ -161,6 +161,7 @@ class Governor:
         self._metrics = metrics
         self._exported = dict(self.books.seconds)
         self._line = "no experience yet"
+        self._report = self._summary()
 
     def observe(
         self, now: float, shards: Iterable[ShardCounters], live: int, starts: int, *, stalled: bool = False
@@ -176,6 +177,7 @@ class Governor:
         if self.books.note(now, self.limiter.inserted, self.limiter.trained, waiting):
             self.limiter.pace(self.books.rate())
             self._line = self._describe()
+            self._report = self._summary()
             self._export()
 
     def pump(self, now: float, *, at_once: bool = False) -> None:
@@ -196,7 +198,10 @@ class Governor:
         return self._line
 
     def report(self) -> dict[str, Any]:
-        """What a status needs, JSON-able; seconds are of this process's life."""
+        """What a status needs, JSON-able, as of about a second ago; seconds are of this process's life."""
+        return self._report
+
+    def _summary(self) -> dict[str, Any]:
         return {
             "line": self._line,
             "seconds": dict(self.books.seconds),
