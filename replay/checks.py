@@ -1,8 +1,8 @@
 """Checksums of rows: crc32c over every append, kept beside the rows and stored before the commit word.
 
-`_check` [S, T, 2] of a segment holds, at the last row of an append, (crc32c of its bytes, its rows): every
-committed row is covered from the moment it is committed. Overlay columns change row by row, so each row has
-a checksum of its own, made by numpy for many rows at once.
+`_check` [S, T, 2] of a segment holds, at the last row of an append, (crc32c of its identity and bytes, its
+rows): every committed row is covered from the moment it is committed. Overlay columns change row by row, so
+each row has a checksum of its own, made by numpy for many rows at once.
 
 Order of the bytes: columns of <= 256 bytes per row by name, then the wider ones by name; each column's rows
 follow each other. It depends on the schema alone, not on the order in which somebody lists it.
@@ -11,6 +11,7 @@ follow each other. It depends on the schema alone, not on the order in which som
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from system.specs import ArraySpec, TableSpec
 
 NARROW_NBYTES = 256
+PLACE = struct.Struct("<3q")
 CHECK = "_check"
 """Name of the checksum array, in a segment and in its overlay."""
 
@@ -33,34 +35,53 @@ class AppendCheck:
         self._narrow = sorted(name for name, spec in specs.items() if spec.nbytes <= NARROW_NBYTES)
         self._wide = sorted(name for name, spec in specs.items() if spec.nbytes > NARROW_NBYTES)
 
-    def of(self, columns: Mapping[str, NDArray[Any]], start: int, stop: int) -> int:
-        """crc32c of rows start .. stop - 1 of `columns` [T, ...]."""
+    def of(self, columns: Mapping[str, NDArray[Any]], start: int, stop: int, place: int) -> int:
+        """crc32c of rows start .. stop - 1 of `columns` [T, ...], which are stored at `place`."""
         narrow = b"".join([columns[name][start:stop].tobytes() for name in self._narrow])
-        crc = int(google_crc32c.value(narrow))
+        crc = int(google_crc32c.extend(place, narrow))
         for name in self._wide:  # without a copy where the rows are contiguous, as they are in segments
             rows = np.ascontiguousarray(columns[name][start:stop])
             crc = int(google_crc32c.extend(crc, rows.reshape(-1).view(np.uint8)))
         return crc
 
     def good_rows(
-        self, columns: Mapping[str, NDArray[Any]], check: NDArray[np.uint32], committed: int
+        self,
+        columns: Mapping[str, NDArray[Any]],
+        check: NDArray[np.uint32],
+        slot: NDArray[np.int64],
+        limit: int,
     ) -> int:
-        """Rows of one slot, from its first on, whose checksums hold: `committed` when nothing is damaged.
+        """Rows of one slot, from its first on, that make up whole appends with right checksums.
 
-        Walks the appends backwards from the commit word; an append whose bytes changed, or whose count
-        leads nowhere, costs itself and what follows it. Shapes: columns [T, ...], check [T, 2].
+        At most `limit`. Needs no commit word. Entries that lead nowhere are passed over: damage to one costs
+        its own append and what follows. Shapes: columns [T, ...], check [T, 2], slot [3] (actor, env,
+        position of the first row).
         """
-        stop = good = min(committed, len(check))
-        while stop > 0:
-            crc, count = check[stop - 1].tolist()
-            if not 0 < count <= stop:  # the word itself is lost: go on at the append before it
-                before = np.flatnonzero(check[: stop - 1, 1])
-                good = stop = int(before[-1]) + 1 if len(before) else 0
-                continue
-            if self.of(columns, stop - count, stop) != crc:
-                good = stop - count
-            stop -= count
+        good = 0
+        counts = check[: max(0, limit), 1]
+        for end in np.flatnonzero(counts).tolist():
+            if int(counts[end]) == end + 1 - good and self.append_holds(columns, check, slot, end + 1):
+                good = end + 1
         return good
+
+    def append_holds(
+        self,
+        columns: Mapping[str, NDArray[Any]],
+        check: NDArray[np.uint32],
+        slot: NDArray[np.int64],
+        stop: int,
+    ) -> bool:
+        """Whether an append ends before row `stop` of a slot and has the checksum it should."""
+        crc, count = check[stop - 1].tolist()
+        if not 0 < count <= stop:
+            return False
+        return self.of(columns, stop - count, stop, place_of(slot, stop - count)) == crc
+
+
+def place_of(slot: NDArray[np.int64], at: int) -> int:
+    """crc32c of where rows lie: actor, env, position. Rows under another identity fail their check."""
+    actor, env, start = slot.tolist()
+    return int(google_crc32c.value(PLACE.pack(actor, env, start + at)))
 
 
 class OverlayCheck:

@@ -141,16 +141,43 @@ def make_dir(path: Path) -> None:
         raise PreflightError(f"replay directory {path} is not writable; fix permissions or choose another")
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace `path` atomically. Raises: PreflightError when the disk refuses."""
+def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Replace `path` atomically; when `durable`, it is on the device afterwards.
+
+    Raises: PreflightError when the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        with temporary.open("w") as file:
+            file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            sync_dir(path.parent)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise PreflightError(
             f"cannot write {path} ({error.strerror}); free space or fix permissions, then try again"
         ) from error
+
+
+def sync_dir(path: Path) -> None:
+    """Bring the names in a directory to the device."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_dirs(segment: Path) -> None:
+    """Bring all names of a published segment and its overlay to the device."""
+    for group in (segment, overlay_path(segment)):
+        for place, _, _ in os.walk(group):
+            sync_dir(Path(place))
+    sync_dir(segment.parent)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from replay import layout
@@ -79,7 +79,7 @@ class SegmentLog:
         self._adopted = found.adopted  # oldest first
         self._own_rows = sum(entry.rows for entry in found.entries.values())
         self.catalog = Catalog(directory, writable=True)
-        self._balance()
+        self._balance(found.unknown_rows)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="segments")
         self._prepare_spare()
 
@@ -133,6 +133,13 @@ class SegmentLog:
         self.catalog["rows"] = self.rows
         return count
 
+    def skip(self, key: int) -> None:
+        """Leave a gap of one position: what comes next in this stream is no successor of its newest row."""
+        self._tails.pop(key, None)
+        cursor = self.cursors[key]
+        self.cursors[key] = replace(cursor, position=cursor.position + 1, torn=True)
+        self.ledger.skipped += 1
+
     def take_dirty(self) -> list[Segment]:
         """Segments written since the last call; flushing them makes everything acknowledged durable."""
         dirty, self._dirty = list(self._dirty.values()), {}
@@ -144,7 +151,9 @@ class SegmentLog:
         if self._newest is not None and self._next_slot < self.format.geometry.slots:
             growing.add(self._newest.number)
         for entry in self.entries():
-            if not entry.sealed and (entry.stored.origin != self._index or entry.stored.number not in growing):
+            if not entry.sealed and (
+                entry.stored.origin != self._index or entry.stored.number not in growing
+            ):
                 return entry
         return None
 
@@ -153,7 +162,7 @@ class SegmentLog:
         return any(other is entry for other in self.entries())
 
     def replace(self, entry: Entry, draft: Path, tier: layout.Tier) -> None:
-        """Publish another form of a sealed segment, complete in the scratch directory; discard the old one."""
+        """Publish another form of a sealed segment, complete in the scratch directory; discard the old."""
         old = entry.path
         new = layout.tier_path(old, tier)
         draft.rename(new)
@@ -170,10 +179,10 @@ class SegmentLog:
     def lose(self, entry: Entry, reason: str, what: str) -> None:
         """Put a damaged segment into quarantine; its streams go on behind it."""
         quarantine(entry.path.parent, entry.path, reason, what, self._metrics)
-        self.ledger.lost_rows += entry.rows if entry.stored.origin == self._index else 0
+        if entry.stored.origin == self._index:
+            self.ledger.lost_rows += entry.rows
         self._count_lost(entry.rows)
-        self._forget(entry)
-        save_ledger(self.directory, self.ledger)
+        self.release(entry)
 
     def adopt(self, entry: Entry) -> None:
         """Take over a published sealed segment of another shard."""
@@ -181,16 +190,15 @@ class SegmentLog:
         self.changed()
 
     def release(self, entry: Entry) -> None:
-        """Let go of a segment that another shard has adopted: it counts as evicted here."""
+        """Let go of any segment, e.g. one that another shard adopted: its rows count as evicted here."""
         if entry.stored.origin == self._index:
             self.ledger.evicted_rows += entry.rows
             self._own_rows -= entry.rows
             del self._entries[entry.stored.number]
-            self._own_rows += 0
         else:
             self._adopted.remove(entry)
-        save_ledger(self.directory, self.ledger)
         self._drop(entry)
+        save_ledger(self.directory, self.ledger)
 
     def changed(self) -> None:
         """The set of segments is another one: readers list again."""
@@ -285,7 +293,11 @@ class SegmentLog:
 
     def _make_room(self, count: int) -> None:
         while (entry := self._oldest()) is not None and self._over(count):
-            if entry.segment is not None and entry.segment is self._newest and self.rows + count <= self._capacity:
+            if (
+                entry.segment is not None
+                and entry.segment is self._newest
+                and self.rows + count <= self._capacity
+            ):
                 return  # bytes alone never take the segment that is being filled
             self._evict(entry)
 
@@ -316,16 +328,6 @@ class SegmentLog:
         self._drop(entry)
         log.info("segment evicted", extra={"segment": entry.path.name, "rows": entry.rows})
 
-    def _forget(self, entry: Entry) -> None:
-        """Rows of a damaged segment: they leave the books as evicted ones do."""
-        if entry.stored.origin == self._index:
-            self.ledger.evicted_rows += entry.rows
-            self._own_rows -= entry.rows
-            del self._entries[entry.stored.number]
-        else:
-            self._adopted.remove(entry)
-        self._drop(entry)
-
     def _drop(self, entry: Entry) -> None:
         if entry.stored.origin == self._index:
             number = entry.stored.number
@@ -340,10 +342,17 @@ class SegmentLog:
 
     # ---- opening ----------------------------------------------------------------------------------
 
-    def _balance(self) -> None:
-        """Set what left against what is here: positions only grow, so they tell the rows ever committed."""
+    def _balance(self, unknown_rows: int) -> None:
+        """Set what left against what is here: positions only grow, so they tell the rows ever committed.
+
+        Up to `unknown_rows` more lay in segments of which nothing is known; the counter of readers may tell.
+        """
         ledger = self.ledger
         inserted = sum(cursor.position for cursor in self.cursors.values()) - ledger.skipped
+        counted = self.catalog["inserted"] - inserted
+        if 0 < counted <= unknown_rows:
+            inserted += counted
+            ledger.skipped -= counted
         lost = inserted - ledger.evicted_rows - self._own_rows
         if lost > 0:
             ledger.evicted_rows += lost
@@ -352,6 +361,8 @@ class SegmentLog:
                 self._count_lost(lost)
         save_ledger(self.directory, ledger)
         keep_reserve(self.directory)
+        if not 0 <= self.catalog["generation"] < 1 << 62:
+            self.catalog["generation"] = 0
         self.catalog["epoch"] = ledger.epoch
         self.catalog["inserted"] = self.inserted
         self.catalog["waiting"] = 0

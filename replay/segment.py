@@ -29,7 +29,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from replay import layout
-from replay.checks import CHECK, AppendCheck, OverlayCheck
+from replay.checks import CHECK, AppendCheck, OverlayCheck, place_of
 from replay.geometry import CHUNK_ROWS, Geometry
 from system.errors import IntegrityError, PreflightError, SchemaError
 from system.experience import Columns
@@ -47,7 +47,7 @@ class SegmentFormat:
     def __init__(self, table: TableSpec, geometry: Geometry, replay_id: str = "") -> None:
         """`replay_id` tells segments of this replay from those of others with the same schema."""
         self.table = table
-        self._replay_id = replay_id
+        self.replay_id = replay_id
         self.geometry = geometry
         for name, spec in table.all.items():
             if spec.nbytes == 0:
@@ -72,7 +72,7 @@ class SegmentFormat:
         attributes = {
             "format": layout.FORMAT,
             "schema": self.table.digest,
-            "replay": self._replay_id,
+            "replay": self.replay_id,
             "number": number,
             "epoch": epoch,
             "previous": previous,
@@ -87,6 +87,7 @@ class SegmentFormat:
             if self.table.overlay:
                 self._stamp(layout.overlay_path(draft), self._overlay, self.table.overlay, attributes)
             segment = Segment(draft, self.table, self.geometry, number=number, writable=True)
+            segment.replay = self.replay_id
             segment.populate()
         except OSError as error:
             layout.remove((draft, layout.overlay_path(draft)))
@@ -195,12 +196,15 @@ class Segment:
     def __init__(
         self, path: Path, table: TableSpec, geometry: Geometry, *, number: int, writable: bool
     ) -> None:
+        self.table = table
+        self.replay = ""  # id of the replay it was made for
         self._append_check = AppendCheck(table)
         self._overlay_check = OverlayCheck(table.overlay)
         self.path = path
         self.number = number
         self.geometry = geometry
         self._maps: list[mmap.mmap] = []
+        self._files: list[tuple[bool, Path]] = []  # of each map: in the overlay, path inside the group
         lead = (geometry.slots, geometry.rows)
         self.columns: Arrays = {
             name: self._array(path, name, spec, lead, writable) for name, spec in table.columns.items()
@@ -212,6 +216,7 @@ class Segment:
         counter = ArraySpec(shape=(), dtype="int64")
         triple = ArraySpec(shape=(3,), dtype="int64")
         self.committed = self._array(path, "committed", counter, lead[:1], writable)
+        self._commit_map = self._maps[-1]
         self.slots = self._array(path, "_slots", triple, lead[:1], writable)
         pair, word = (ArraySpec(shape=shape, dtype="uint32") for shape in ((2,), ()))
         self.check = self._array(path, CHECK, pair, lead, writable, indexed=False)  # [S, T, 2]
@@ -244,7 +249,9 @@ class Segment:
                 f"segment {path} has schema {schema[:12]}, its table {table.digest[:12]}; it was moved here "
                 "from another replay: move it away"
             )
-        return cls(path, table, geometry, number=number, writable=writable)
+        segment = cls(path, table, geometry, number=number, writable=writable)
+        segment.replay = str(about.get("replay", ""))
+        return segment
 
     def _array(
         self,
@@ -278,6 +285,7 @@ class Segment:
         finally:
             os.close(handle)
         self._maps.append(mapped)
+        self._files.append((group != self.path, path.relative_to(group)))
         return np.frombuffer(mapped, spec.dtype, data // np.dtype(spec.dtype).itemsize).reshape(shape)
 
     def append(self, slot: int, at: int, columns: Columns, start: int, stop: int) -> None:
@@ -291,7 +299,8 @@ class Segment:
                 array[slot, at:end] = columns[name][start:stop]
         if self.overlay:
             self.overlay_check[slot, at:end] = self._overlay_check.of(columns, start, stop)
-        self.check[slot, end - 1] = (self._append_check.of(columns, start, stop), stop - start)
+        place = place_of(self.slots[slot], at)
+        self.check[slot, end - 1] = (self._append_check.of(columns, start, stop, place), stop - start)
         # Readers load the counter before the rows. x86-64 keeps the order of these stores.
         self.committed[slot] = end
 
@@ -302,10 +311,25 @@ class Segment:
             flat, first, first + count
         )
 
-    def good_rows(self, slot: int) -> int:
-        """Committed rows of a slot that their checksums confirm, counted from its first row on."""
-        columns = {name: array[slot] for name, array in self.columns.items()}
-        return self._append_check.good_rows(columns, self.check[slot], int(self.committed[slot]))
+    def good_rows(self, slot: int, limit: int | None = None) -> int:
+        """Rows of a slot that their checksums confirm, counted from its first row on.
+
+        At most the committed ones, or `limit`.
+        """
+        limit = min(int(self.committed[slot]) if limit is None else limit, self.geometry.rows)
+        return self._append_check.good_rows(
+            self.slot_columns(slot), self.check[slot], self.slots[slot], limit
+        )
+
+    def append_holds(self, slot: int, stop: int) -> bool:
+        """Whether the append that ends before row `stop` of a slot has the checksum it should."""
+        return 0 < stop <= self.geometry.rows and self._append_check.append_holds(
+            self.slot_columns(slot), self.check[slot], self.slots[slot], stop
+        )
+
+    def slot_columns(self, slot: int) -> Arrays:
+        """The immutable columns of one slot, each [T, ...]."""
+        return {name: array[slot] for name, array in self.columns.items()}
 
     def mend_overlay(self) -> int:
         """Reset committed overlay rows whose checksum fails to zeros, the initial latents; say how many."""
@@ -318,6 +342,11 @@ class Segment:
             self.overlay_check[slot, bad] = 0
             mended += len(bad)
         return mended
+
+    def sizes(self) -> dict[Path, int]:
+        """The bytes that each mapped file must have."""
+        groups = self.path, layout.overlay_path(self.path)
+        return {groups[o] / file: len(m) for (o, file), m in zip(self._files, self._maps, strict=True)}
 
     def groups(self) -> tuple[tuple[Path, Arrays], ...]:
         """The Zarr groups on disk, each with its columns [S, T, ...]."""
@@ -347,6 +376,7 @@ class Segment:
         """Write all pages to the device, the commit words last."""
         for mapped in self._maps:
             mapped.flush()
+        self._commit_map.flush()
 
 
 _REMEDY = "the segment is damaged: move it and its overlay out of the shard and start again"

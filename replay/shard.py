@@ -9,23 +9,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from replay import layout
-from replay.admission import check_chunk, rows_known, stream_key
+from replay.admission import check_chunk, leaves_gap, rows_known, stream_key
 from replay.credits import UNLIMITED
-from replay.log import SegmentLog
 from replay.geometry import choose_geometry
+from replay.layout import StoredSegment
+from replay.log import SegmentLog
 from replay.segment import SegmentFormat, allow_many_files
+from replay.upkeep import Durability, Stage, Upkeep, flush
 from system.errors import DeadlineError, PreflightError, RejectedError
 from system.experience import Ack, Chunk
 from system.metrics import Metrics
 from system.specs import TableSpec
 
 log = logging.getLogger(__name__)
+OPENING_SECONDS = 2.0
+"""Time an opening waits for its segments to be verified; larger replays go on in the background."""
 RETRY_SECONDS = 0.2
 """How often a held-back append looks again at a full disk."""
 
@@ -68,15 +72,25 @@ class ReplayShard:
         *,
         capacity_rows: int,
         segment_rows: int | None = None,
+        capacity_bytes: int | None = None,
+        max_age_seconds: float | None = None,
+        durability: Durability = "process",
+        flush_seconds: float = 10.0,
+        scrub_seconds: float = 0.0,
+        stages: Sequence[Stage] = (),
         initial_grant: int = UNLIMITED,
         metrics: Metrics | None = None,
     ) -> None:
         """Open or create shard `index` of the table at `root`.
 
-        `capacity_rows` live rows are kept, oldest segments leave first; `initial_grant` lifetime rows may be
-        inserted before the first `grant`, i.e. this shard's part of the prefill.
+        `capacity_rows` live rows, `capacity_bytes` on disk and segments up to `max_age_seconds` are kept, the
+        oldest segments leave first; `initial_grant` lifetime rows may be inserted before the first `grant`,
+        i.e. this shard's part of the prefill. `stages` work over sealed segments; `durability` says what
+        acknowledged rows survive (`replay.upkeep`). Damage that an earlier life left costs rows, not the
+        shard: it is quarantined, counted and logged.
 
-        Raises: ConfigError, SchemaError, PreflightError, IntegrityError, each naming what to do.
+        Raises: ConfigError, SchemaError, PreflightError, each naming what to do; IntegrityError when
+        table.json is damaged.
         """
         geometry = choose_geometry(table.row_nbytes, capacity_rows, segment_rows)
         replay_id = layout.open_table(root, table)
@@ -91,12 +105,20 @@ class ReplayShard:
             about = {"format": layout.FORMAT, "index": index, "capacity_rows": capacity_rows}
             about |= {"slots": geometry.slots, "rows": geometry.rows}
             layout.write_json(directory / "shard.json", about)
-            self._log = SegmentLog(directory, SegmentFormat(table, geometry, replay_id), capacity_rows)
+            self._log = SegmentLog(
+                directory,
+                index,
+                SegmentFormat(table, geometry, replay_id),
+                capacity_rows=capacity_rows,
+                capacity_bytes=capacity_bytes,
+                metrics=metrics,
+            )
         except BaseException:
             self._lock_file.close()
             raise
         self._metrics = metrics
         self._changed = threading.Condition()
+        self._flush_acks = durability == "flush"
         self._granted = initial_grant
         self._duplicates = self._rejected = self._waiting = 0
         self._wait_seconds = 0.0
@@ -106,6 +128,16 @@ class ReplayShard:
         for key, cursor in self._log.cursors.items():
             self._saw(key >> 16, cursor.incarnation)
         self._export()
+        self._upkeep = Upkeep(
+            self._log,
+            self._changed,
+            stages=stages,
+            max_age_seconds=max_age_seconds,
+            scrub_seconds=scrub_seconds,
+            durability=durability,
+            flush_seconds=flush_seconds,
+        )
+        self._upkeep.settle(OPENING_SECONDS)
 
     def append(self, chunks: list[Chunk], timeout: float, *, sound: bool = False) -> Ack:
         """Commit the rows that are new, in order; return when they survive the death of any process.
@@ -128,6 +160,8 @@ class ReplayShard:
                 raise
             stored += new
             dropped += len(chunk) - new
+        if self._flush_acks:
+            flush(self._log, self._changed)
         if self._metrics is not None:
             self._metrics["replay_append_seconds"].observe(time.monotonic() - begin)
         return Ack(committed=stored, duplicates=dropped)
@@ -159,8 +193,20 @@ class ReplayShard:
 
     def flush(self) -> None:
         """Bring everything acknowledged to the device: survives power loss when this returns."""
+        flush(self._log, self._changed)
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until all background work is done: verified, sealed, staged. False when that takes longer."""
+        return self._upkeep.settle(timeout)
+
+    def scrub(self) -> None:
+        """Verify everything at rest again, in the background."""
+        self._upkeep.scrub_now()
+
+    def sealed(self) -> list[StoredSegment]:
+        """The sealed segments, the oldest first."""
         with self._changed:
-            self._log.flush()
+            return [entry.stored for entry in self._log.entries() if entry.sealed]
 
     def clear(self) -> None:
         """Evict all rows; streams go on where they are, positions and lifetime counts with them."""
@@ -175,6 +221,8 @@ class ReplayShard:
                 return
             self._closed = True
             self._changed.notify_all()
+        self._upkeep.stop()
+        with self._changed:
             self._log.close()
         self._lock_file.close()
 
@@ -197,6 +245,8 @@ class ReplayShard:
                 if room <= 0:
                     self._wait_credit(chunk, total - known, deadline)
                     continue
+                if chunk.continues and not known and leaves_gap(self._log.cursors.get(key), chunk):
+                    self._log.skip(key)
                 remaining = max(deadline - time.monotonic(), 0.0)
                 try:
                     count = self._log.append(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from replay import layout, synthetic
+from replay.ledger import write_ledger
 from replay.limiter import RateLimiter
 from replay.reader import LocalReader
 from replay.shard import ReplayShard
@@ -142,7 +143,7 @@ def test_an_interrupted_eviction_is_finished_at_opening(tmp_path: Path) -> None:
     directory = layout.shard_dir(tmp_path, 0)
     ledger = layout.read_json(directory / "ledger.json")
     assert ledger is not None
-    layout.write_json(directory / "ledger.json", ledger | {"evicted_rows": 64, "evicted_through": 0})
+    write_ledger(directory, ledger | {"evicted_rows": 64, "evicted_through": 0})
     shard = open_shard(tmp_path, 0, 256)
     assert (shard.stats().inserted, shard.stats().rows) == (250, 186)
     shard.close()
@@ -315,7 +316,7 @@ def test_a_shard_behaves_like_a_list_that_forgets_its_oldest_rows(
         assert view.index.rows >= min(total, 320 - 64 - 120)
         for env_, wanted in model.items():
             runs = view.index.stream(0, env_)
-            assert runs.hi == len(wanted)
+            assert not runs.starts or runs.hi == len(wanted)
             at = runs.lo
             for piece in runs.pieces(runs.lo, runs.hi - runs.lo):
                 columns = {n: a.reshape(-1, *a.shape[2:]) for n, a in piece.home.segment.columns.items()}
