@@ -61,6 +61,7 @@ class StreamRuns(Generic[HomeT]):
     runs: list[Run[HomeT]] = field(default_factory=list[Run[HomeT]])  # by start
     starts: list[int] = field(default_factory=list[int])
     _bounds: list[tuple[int, int]] | None = None
+    _top: int = 0  # where the rows known so far end, live or not
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
@@ -71,13 +72,13 @@ class StreamRuns(Generic[HomeT]):
 
     @property
     def lo(self) -> int:
-        """The first live position; 0 without any."""
-        return self.bounds[0][0] if self.bounds else 0
+        """The first live position; `hi` without any."""
+        return self.bounds[0][0] if self.bounds else self._top
 
     @property
     def hi(self) -> int:
-        """The position behind the last live one; 0 without any."""
-        return self.bounds[-1][1] if self.bounds else 0
+        """The position behind the last live one; without any, behind the last that was known."""
+        return self.bounds[-1][1] if self.bounds else self._top
 
     def overlap(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """The live parts (lo, hi) of positions begin .. end - 1."""
@@ -93,7 +94,7 @@ class StreamRuns(Generic[HomeT]):
             run = self.runs[at]
             count = min(length, self._end(at) - position)
             assert run.start <= position, (self.bounds, position, length)
-            if count > 0:
+            if count > 0:  # not hidden by a run that begins there too
                 yield Piece(run.home, run.first + position - run.start, count)
                 position += count
                 length -= count
@@ -106,10 +107,13 @@ class StreamRuns(Generic[HomeT]):
     # What follows is for the index, which must know of every change.
 
     def insert(self, run: Run[HomeT]) -> None:
-        at = bisect_right(self.starts, run.start)
-        self.starts.insert(at, run.start)
-        self.runs.insert(at, run)
-        self._bounds = None
+        """Runs without rows stay out: they would hide those of another run with the same start."""
+        if run.start < run.end:
+            at = bisect_right(self.starts, run.start)
+            self.starts.insert(at, run.start)
+            self.runs.insert(at, run)
+            self._bounds = None
+            self._top = max(self._top, run.end)
 
     def remove(self, gone: set[int]) -> None:
         """Forget the runs with these ids."""
@@ -118,12 +122,17 @@ class StreamRuns(Generic[HomeT]):
         self._bounds = None
 
     def grow(self, run: Run[HomeT], end: int) -> None:
-        bounds = self._bounds
-        if bounds and run is self.runs[-1] and bounds[-1][1] == run.end and bounds[-1][0] < end:
+        bounds, before = self._bounds, run.end
+        run.end = end
+        if before == run.start:
+            self.insert(run)
+        elif end == run.start:
+            self.remove({id(run)})
+        elif bounds and run is self.runs[-1] and bounds[-1][1] == before:
             bounds[-1] = (bounds[-1][0], end)  # most rows come at the end of a stream
         else:
             self._bounds = None
-        run.end = end
+        self._top = max(self._top, end)
 
     def _join(self) -> list[tuple[int, int]]:
         bounds: list[tuple[int, int]] = []

@@ -96,49 +96,43 @@ def test_the_index_behaves_like_a_list_of_rows_per_stream(
     index: StartIndex[str] = StartIndex(length)
     homes = [f"home {n}" for n in range(6)]
     model: dict[tuple[int, int], dict[int, tuple[str, int]]] = {}  # stream -> position -> (home, row)
-    slots: list[tuple[Run[str], int]] = []  # runs as made, 5 positions apart in steps of 5: never overlapping
-    taken: set[tuple[int, int, int]] = set()
-    for what, a, b, c in changes:
-        alive = [(run, base) for run, base in slots if run in run.stream.runs]
+    slots: list[tuple[Run[str], int, int]] = []  # runs with base and first row; bases lie 5 positions apart
+    for number, (what, a, b, c) in enumerate(changes):
         if what == "add":
             shard, stream, base = a % 2, a // 2, 5 * b
-            if (shard, stream, base) in taken:
-                continue
-            taken.add((shard, stream, base))
-            first = 1000 * len(slots)
-            slots.append((index.add(shard, stream, base, homes[c], first, c), base))
+            if all(
+                (run.stream.shard, run.stream.stream, at) != (shard, stream, base) for run, at, _ in slots
+            ):
+                run = index.add(shard, stream, base, homes[c], 1000 * number, c)
+                slots.append((run, base, 1000 * number))
         elif what == "drop":
             index.drop(homes[a])
-        elif what in ("grow", "trim", "remove") and alive:
-            run, base = alive[a % len(alive)]
+            slots = [one for one in slots if one[0].home != homes[a]]
+        elif what == "look":
+            compare(index, slots, model, length)
+        elif slots:
+            run, base, _ = slots[a % len(slots)]
             if what == "grow":
                 index.grow(run, min(run.end + b, base + 5))
             elif what == "trim":
                 index.trim(run, min(run.start + b, base + 5))
             else:
                 index.remove(run)
-        if what in ("remove", "drop"):
-            taken = {
-                (run.stream.shard, run.stream.stream, base) for run, base in slots if run in run.stream.runs
-            }
-        if what != "look":
-            continue
-        compare(index, slots, model, length)
+                del slots[a % len(slots)]
     compare(index, slots, model, length)
 
 
 def compare(
     index: StartIndex[str],
-    slots: list[tuple[Run[str], int]],
+    slots: list[tuple[Run[str], int, int]],
     model: dict[tuple[int, int], dict[int, tuple[str, int]]],
     length: int,
 ) -> None:
     """The model is made anew from the runs that are left, row by row."""
     model.clear()
-    for number, (run, base) in enumerate(slots):
-        if run in run.stream.runs:
-            rows = model.setdefault((run.stream.shard, run.stream.stream), {})
-            rows |= {p: (run.home, 1000 * number + p - base) for p in range(run.start, run.end)}
+    for run, base, first in slots:
+        rows = model.setdefault((run.stream.shard, run.stream.stream), {})
+        rows |= {p: (run.home, first + p - base) for p in range(run.start, run.end)}
     starts = [
         (key, position)
         for key in sorted(model)
