@@ -286,9 +286,10 @@ class MappedShard:
                 budget -= self._suspect(key, followed, budget)
                 continue
             self._segments[key] = followed
-        self._growing = [followed for followed in self._segments.values() if not followed.complete]
-        for followed in self._growing:
-            followed.sealed = seal.is_sealed(followed.path)
+        for followed in self._segments.values():
+            if not followed.complete:
+                followed.sealed = seal.is_sealed(followed.path)
+        self._growing = list(self._segments.values())  # all once: a new owner may have cut rows off
         return settled
 
     def _open(self, path: Path) -> SegmentHome:

@@ -226,6 +226,17 @@ def bump(directory: Path) -> None:
     Catalog(directory, writable=True)["generation"] += 1
 
 
+def test_rows_that_a_new_owner_cuts_off_are_not_drawn_any_more(tmp_path: Path) -> None:
+    directory = filled(tmp_path)
+    view = TableView(tmp_path, TABLE, 5)
+    owned = Segment.open(segment(directory, 0), TABLE, writable=True)
+    owned.committed[0] = 40
+    bump(directory)
+    view.refresh()
+    assert bounds(view) == [(0, 40), (64, 300)]
+    view.release()
+
+
 def test_adopted_segments_keep_the_identity_of_their_origin(tmp_path: Path) -> None:
     lost = filled(tmp_path, 300, index=1)
     heir = filled(tmp_path, 50, index=2)
