@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from replay import layout
+from replay import layout, seal
+from replay.segment import data_path
 from system.errors import IntegrityError, PreflightError
 
 ATTEMPTS = 16
@@ -32,8 +33,9 @@ class ShardCut:
 
     @property
     def inserted(self) -> int:
-        """Lifetime rows at the cut."""
-        return int(self.ledger.get("evicted_rows", 0)) + sum(map(sum, self.segments.values()))
+        """Lifetime rows at the cut; those of adopted segments count where they were inserted."""
+        own = (sum(rows) for name, rows in self.segments.items() if "/" not in name)
+        return int(self.ledger.get("evicted_rows", 0)) + sum(own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,27 +155,13 @@ def is_raw(segment: Path) -> bool:
 
 def read_committed(segment: Path) -> tuple[int, ...]:
     """Complete rows of each slot [S] of a segment in any tier. Raises: SegmentGone, IntegrityError."""
-    if segment.name.endswith(".far.json"):
-        return _committed_of(segment)
-    if segment.name.endswith(".cold.zarr"):
-        return _committed_of(segment / "sealed.json")
     try:
-        raw = (segment / "committed/c/0").read_bytes()
+        if not is_raw(segment):
+            return seal.read_manifest(segment).committed
+        raw = data_path(segment, "committed", 1).read_bytes()
     except FileNotFoundError as error:
         raise SegmentGone(segment) from error
     return tuple(np.frombuffer(raw[: len(raw) // 8 * 8], "<i8").tolist())
-
-
-def _committed_of(manifest: Path) -> tuple[int, ...]:
-    value = layout.read_json(manifest)
-    if value is None:
-        raise SegmentGone(manifest)
-    try:
-        return tuple(map(int, value["committed"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(
-            f"{manifest} does not say what is committed ({error!r}); run `dreamfleet replay repair`"
-        ) from error
 
 
 def is_evicted(ledger: Mapping[str, Any], name: str) -> bool:

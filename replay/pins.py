@@ -2,7 +2,8 @@
 
 <root>/pins/00000007.json   the cut of the 7th pin, its checkpoint, and the entry of every segment
 <root>/pins/00000007.undo   overlay rows first overwritten after it (`replay.undo`)
-<root>/pins/held/<entry>/   a segment as some cut saw it, and its overlay: links, only the commit words copied
+<root>/pins/held/<entry>/   a segment as some cut saw it, and its overlay: links, but for the commit words
+                            and checksums of one that grows
 
 Entries are shared by the pins that saw the same rows, so a pin costs what changed since the one before it.
 A manifest is written after its entries and removed before them: a kill leaves entries too many, never too
@@ -24,8 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from replay import layout
-from replay.cut import ATTEMPTS, Cut, SegmentGone, is_raw, read_committed, segment_key, take_cut
+from replay import layout, seal
+from replay.checks import CHECK
+from replay.cut import ATTEMPTS, Cut, SegmentGone, read_committed, segment_key, take_cut
+from replay.segment import data_path
 from replay.undo import UndoJournal
 from system.errors import IntegrityError, PreflightError
 
@@ -34,7 +37,6 @@ log = logging.getLogger(__name__)
 PINS, HELD = "pins", "held"
 NUMBER = re.compile(r"(\d{8})\.(json|undo)")
 DOOMED = ".doomed-"
-COMMITTED = "committed/c/0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,9 +186,8 @@ class PinStore:
 
         Raises: SegmentGone when it was evicted or changed meanwhile.
         """
-        raw = is_raw(segment)
-        sealed = raw and (segment / "sealed.json").exists()
-        what = f"{segment.name} {sealed} {committed}".encode()
+        grows = not seal.is_sealed(segment)
+        what = f"{segment.name} {grows} {committed}".encode()
         name = f"{segment_key(segment)}-{zlib.crc32(what):08x}"
         entry = self._directory / HELD / name
         if entry.exists():
@@ -194,15 +195,13 @@ class PinStore:
         draft = self._directory / layout.SCRATCH / f"{name}-{os.urandom(4).hex()}"
         try:
             draft.mkdir()
-            link(segment, draft / segment.name, committed if raw else None)
-            overlay = layout.overlay_path(segment)
-            if overlay.exists():
-                link(overlay, draft / overlay.name)
-            manifest = draft / segment.name / "sealed.json"
-            if sealed and tuple((layout.read_json(manifest) or {}).get("committed", ())) != committed:
-                manifest.unlink()  # sealed just now, with rows that the cut does not have
+            link_segment(segment, draft / segment.name, committed if grows else None)
+            for beside in companions(segment):
+                link(beside, draft / beside.name)
+            if not grows and seal.read_manifest(draft / segment.name).committed != committed:
+                raise SegmentGone(segment)  # sealed just now, with rows that the cut does not have
             draft.rename(entry)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, SegmentGone) as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise SegmentGone(segment) from error
         except OSError as error:
@@ -246,8 +245,35 @@ class PinStore:
         self._worker.submit(shutil.rmtree, target, ignore_errors=True)
 
 
-def link(source: Path, target: Path, committed: tuple[int, ...] | None = None) -> None:
-    """Hard-link a directory tree or a file. `committed` replaces the commit words by a private copy.
+def companions(segment: Path) -> list[Path]:
+    """What lies beside a segment and belongs to it: its overlay, and the kept columns of a far one."""
+    return [path for path in (layout.overlay_path(segment), layout.kept_path(segment)) if path.exists()]
+
+
+def pinned_keys(root: Path) -> frozenset[str]:
+    """Segments that some pin holds, by `cut.segment_key`: their objects in a store must stay."""
+    return frozenset(entry.rsplit("-", 1)[0] for pin in pins_of(root) for entry in pin.held)
+
+
+def link_segment(source: Path, target: Path, committed: tuple[int, ...] | None) -> None:
+    """Hard-link a segment in any tier. Raises: as `link`.
+
+    One that grows gets commit words and checksums of its own, as if nothing were appended after the cut.
+    """
+    if committed is None:
+        link(source, target)
+        return
+    words, checks = data_path(Path(), "committed", 1), data_path(Path(), CHECK, 3)
+    link(source, target, without=(words, checks, Path(seal.NAME)))
+    (target / words).write_bytes(np.asarray(committed, "<i8").tobytes())
+    check = np.fromfile(source / checks, "<u4").reshape(len(committed), -1, 2)  # [S, T, 2]
+    for slot, rows in enumerate(committed):
+        check[slot, rows:] = 0
+    check.tofile(target / checks)
+
+
+def link(source: Path, target: Path, without: Collection[Path] = ()) -> None:
+    """Hard-link a directory tree or a file, but the files `without`, paths below it, and temporary ones.
 
     Raises: FileNotFoundError when it is moved away meanwhile; OSError.
     """
@@ -255,14 +281,11 @@ def link(source: Path, target: Path, committed: tuple[int, ...] | None = None) -
         os.link(source, target)
         return
     for directory, files in _walk(source):
-        place = target / directory.relative_to(source)
-        place.mkdir()
+        below = directory.relative_to(source)
+        (target / below).mkdir()
         for name in files:
-            relative = place.relative_to(target) / name
-            if committed is not None and str(relative) == COMMITTED:
-                (place / name).write_bytes(np.asarray(committed, "<i8").tobytes())
-            else:
-                os.link(directory / name, place / name)
+            if below / name not in without and not name.startswith("."):
+                os.link(directory / name, target / below / name)
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:

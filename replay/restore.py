@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from replay import layout
-from replay.cut import Cut, ShardCut, is_raw, published, segment_key, take_cut
-from replay.pins import HELD, PINS, Pin, journals_of, link, pins_of, same_rows
+from replay import layout, seal
+from replay.cut import Cut, ShardCut, published, read_ledger, segment_key, take_cut
+from replay.ledger import write_ledger
+from replay.pins import HELD, PINS, Pin, companions, journals_of, link, link_segment, pins_of, same_rows
 from replay.undo import undo
 from system.errors import IntegrityError, PreflightError
 
@@ -60,9 +61,9 @@ def restore_exact(root: Path, checkpoint: str, cut: Cut) -> Restored:
                 f"cannot restore the replay at {root} ({error.strerror}: {error.filename}); free space or "
                 "mend its permissions and start again"
             ) from error
-    rows = sum(sum(map(sum, shard.segments.values())) for shard in cut.shards.values())
-    report = Restored(rows=rows, removed=max(0, before - cut.inserted), returned=returned, undone=undone)
-    log.info("replay restored", extra={"checkpoint": checkpoint, "rows": rows, "removed": report.removed})
+    removed = max(0, before - cut.inserted)
+    report = Restored(rows=cut.rows, removed=removed, returned=returned, undone=undone)
+    log.info("replay restored", extra={"checkpoint": checkpoint, "rows": cut.rows, "removed": removed})
     return report
 
 
@@ -98,7 +99,9 @@ def _restore(root: Path, pin: Pin) -> int:
         directory = layout.shard_dir(root, index)
         shard = pin.cut.shards.get(index, ShardCut(ledger={}, segments={}))
         layout.make_dir(directory / layout.SCRATCH)
-        # The ledger first: with it alone, returned segments would count as evicted when a shard opens.
+        # The ledger first: without it, returned segments would count as evicted when a shard opens. Nobody
+        # may miss those that go.
+        (directory / layout.VERIFIED).unlink(missing_ok=True)
         _write_ledger(directory, shard.ledger)
         entries = pin.entries.get(index, {})
         there = dict(published(directory))  # in the tier that counts
@@ -113,26 +116,25 @@ def _restore(root: Path, pin: Pin) -> int:
 
 def _write_ledger(directory: Path, ledger: Mapping[str, Any]) -> None:
     """The ledger of the cut, but never an epoch that was used since: it fences off who wrote then."""
-    now = layout.read_json(directory / "ledger.json") or {}
+    now = read_ledger(directory)
     epoch = max(int(now.get("epoch", 0)), int(ledger.get("epoch", 0)))
-    if ledger:
-        layout.write_json(directory / "ledger.json", {**ledger, "epoch": epoch})
-    elif now:
-        layout.write_json(directory / "ledger.json", {**now, "epoch": epoch})
+    if ledger or now:
+        write_ledger(directory, {**(ledger or now), "epoch": epoch})
 
 
 def _bring_back(root: Path, directory: Path, segment: Path, entry: Path, committed: tuple[int, ...]) -> None:
     """Publish the pinned state of a segment in the place of whatever is there in any tier."""
     draft = directory / layout.SCRATCH / f"restored-{os.urandom(4).hex()}"
     draft.mkdir(parents=True)
-    overlay = layout.overlay_path(segment)
-    link(entry / segment.name, draft / segment.name, committed if is_raw(segment) else None)
-    if (entry / overlay.name).exists():
-        link(entry / overlay.name, draft / overlay.name)
+    grows = not seal.is_sealed(entry / segment.name)
+    link_segment(entry / segment.name, draft / segment.name, committed if grows else None)
+    beside = companions(entry / segment.name)
+    for path in beside:
+        link(path, draft / path.name)
     segment.parent.mkdir(exist_ok=True)
     _trash_segment(root, segment)
-    if (draft / overlay.name).exists():
-        (draft / overlay.name).rename(overlay)
+    for path in beside:
+        (draft / path.name).rename(segment.parent / path.name)
     (draft / segment.name).rename(segment)
     draft.rmdir()
 
@@ -145,11 +147,11 @@ def _remove_others(root: Path, directory: Path, shard: ShardCut) -> None:
 
 
 def _trash_segment(root: Path, segment: Path) -> None:
-    """Take a segment, all its tiers and its overlay out; deleted later, by `empty_trash`."""
+    """Take a segment out in all its tiers, with what belongs to it; deleted later, by `empty_trash`."""
     trash = root / TRASH
     trash.mkdir(exist_ok=True)
     tiers = [layout.tier_path(segment, tier) for tier in layout.SUFFIXES]
-    for path in (*tiers, layout.overlay_path(segment)):
+    for path in (*tiers, *companions(segment)):
         if path.exists():
             path.rename(trash / f"{segment_key(segment)}-{os.urandom(4).hex()}")
 
