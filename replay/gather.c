@@ -7,7 +7,7 @@
 #include <emmintrin.h>
 #endif
 
-enum { LINE = 64, PAGE = 4096, PAGES = 4, STREAM_NBYTES = 128 << 10 };
+enum { LINE = 64, PAGE = 4096, PAGES = 4, STREAM_NBYTES = 256 << 10 };
 
 #if defined(__SSE2__)
 static void stream(char *to, const char *from, int64_t nbytes) {
