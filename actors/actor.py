@@ -109,6 +109,7 @@ class Actor:
         self._staging = Staging(index, incarnation, env.num_envs, table, policy.columns, chunk_rows)
         self._unacknowledged: list[Chunk] = []
         self._unacknowledged_rows = 0
+        self._lost_rows = 0
         self._flushed = clock()
         self._restarts_seen: Counter[str] = Counter()
         env.start(own_seed)
@@ -138,7 +139,7 @@ class Actor:
         return self._report(slice_, self._clock() - begin)
 
     def close(self) -> int:
-        """Send what is staged, give up after `append_timeout`; returns the rows lost."""
+        """Send what is staged, give up after `append_timeout`; returns all rows lost in this life."""
         slice_ = _Slice()
         lost = 0
         try:
@@ -156,7 +157,7 @@ class Actor:
             self._loop.close()
             self._env.close()
             self._writer.close()
-        return lost
+        return lost + self._lost_rows
 
     def _refresh(self, until: float, slice_: _Slice) -> None:
         """Pull weights when it is time to; wait for that time when nothing may be done before."""
@@ -185,11 +186,13 @@ class Actor:
         """Send the unacknowledged chunks once; they stay when the deadline passes."""
         begin = self._clock()
         try:
-            self._writer.append(self._unacknowledged, timeout)
+            ack = self._writer.append(self._unacknowledged, timeout)
         except DeadlineError:
             pass  # back-pressure: the same rows go again, the store drops what it has
         else:
-            slice_.acknowledged += self._unacknowledged_rows
+            confirmed = ack.committed + ack.duplicates  # fewer when rows were lost with their shard
+            slice_.acknowledged += confirmed
+            self._lost_rows += self._unacknowledged_rows - confirmed
             self._unacknowledged = []
             self._unacknowledged_rows = 0
         slice_.waits["append"] += self._clock() - begin

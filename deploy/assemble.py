@@ -169,10 +169,10 @@ def actor(
     from actors.actor import Actor
     from actors.envs.catalog import make_env
     from replay.client import GrpcReplayWriter
+    from replay.homes import HomedWriter, answers
     from system.params.client import GrpcWeightSource
 
     table = table_spec(config, env_spec)
-    home = shard_addresses[index % len(shard_addresses)]
     credentials = security(config)
     return Actor(
         index,
@@ -184,7 +184,14 @@ def actor(
             timeout=config.env.timeout_seconds,
         ),
         policy(config, env_spec, "actor", index, "policy", incarnation),
-        GrpcReplayWriter(home, table, security=credentials),
+        HomedWriter(
+            index,
+            config.actors.count,
+            dict(enumerate(shard_addresses)),
+            lambda address: GrpcReplayWriter(address, table, security=credentials),
+            answers=lambda address: answers(address, credentials),
+            metrics=metrics,
+        ),
         GrpcWeightSource(params_address, security=credentials),
         table=table,
         chunk_rows=config.actors.chunk_rows,

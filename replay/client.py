@@ -14,12 +14,12 @@ import grpc
 
 from replay.experience_pb2 import AppendReply, GrantRequest, StatsRequest
 from replay.experience_pb2_grpc import ReplayServiceStub
-from replay.messages import RowCodec
+from replay.messages import HEARD, RowCodec
 from replay.shard import ShardStats
 from system.errors import DeadlineError, DreamfleetError
 from system.experience import Ack, Chunk
 from system.specs import TableSpec
-from system.wire import OPEN, RETRIABLE, Security, call_metadata, error_of, open_channel
+from system.wire import OPEN, REASON_TRAILER, RETRIABLE, Security, call_metadata, error_of, open_channel
 
 FIRST_PAUSE_SECONDS = 0.02
 LONGEST_PAUSE_SECONDS = 0.5
@@ -43,6 +43,8 @@ class GrpcReplayWriter:
         self._send_one = self._channel.unary_unary(APPEND, None, AppendReply.FromString)
         self._send_many = self._channel.stream_unary(APPEND, None, AppendReply.FromString)
         self._closed = threading.Event()
+        self.heard = time.monotonic()
+        """When the shard was last heard of; when this was made, before its first word."""
 
     def append(self, chunks: list[Chunk], timeout: float) -> Ack:
         """Send rows and wait until they are stored, over restarts of the shard, for `timeout` seconds.
@@ -65,9 +67,12 @@ class GrpcReplayWriter:
                 else:
                     reply = self._send_many(messages, timeout=wait, metadata=self._metadata)
             except grpc.RpcError as error:
+                if _from_peer(error):
+                    self.heard = time.monotonic()
                 if error.code() not in RETRIABLE or deadline - time.monotonic() <= pause:  # type: ignore[attr-defined]
                     raise error_of(error, self._peer) from error
             else:
+                self.heard = time.monotonic()
                 return Ack(committed=reply.committed, duplicates=reply.duplicates)
             if self._closed.wait(pause):
                 raise DeadlineError(f"{self._peer}: this writer was closed while waiting; make a new one")
@@ -76,6 +81,13 @@ class GrpcReplayWriter:
     def close(self) -> None:
         self._closed.set()
         self._channel.close()
+
+
+def _from_peer(error: Any) -> bool:
+    """Whether a failed call was answered by the shard, not given up on this side of the wire."""
+    if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return True
+    return bool({HEARD, REASON_TRAILER} & {str(key) for key, _ in error.trailing_metadata() or ()})
 
 
 class GrpcShardControl:

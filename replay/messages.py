@@ -22,6 +22,8 @@ from system.specs import TableSpec
 
 MESSAGE_BYTES = 2 << 20
 """Payload of one message; larger appends are sent as several. Fits any default gRPC limit of 4 MiB."""
+HEARD = "x-dreamfleet-heard"
+"""Trailer of a missed deadline that the shard itself declared: it is there, and holds the rows back."""
 PAYLOAD_TAG = bytes([AppendRequest.PAYLOAD_FIELD_NUMBER << 3 | 2])
 """Field number and wire type "length-delimited" of the payload, as protobuf encodes them."""
 

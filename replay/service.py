@@ -32,7 +32,7 @@ from replay.experience_pb2 import (
     WriteBackRequest,
 )
 from replay.experience_pb2_grpc import ReplayServiceServicer, add_ReplayServiceServicer_to_server
-from replay.messages import RowCodec, rows_claimed
+from replay.messages import HEARD, RowCodec, rows_claimed
 from replay.served import ServedRows, Span
 from replay.shard import ReplayShard
 from system.errors import DeadlineError, PreflightError, RejectedError
@@ -74,6 +74,7 @@ class ReplayServicer(ReplayServiceServicer):
         except RejectedError as error:
             self._refuse(context, error)
         except DeadlineError as error:
+            context.set_trailing_metadata(((HEARD, "1"),))
             context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error)[:2000])
         except PreflightError as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)[:2000])
