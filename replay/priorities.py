@@ -35,6 +35,50 @@ def check_priority(priority: NDArray[Any], batch: int) -> None:
         raise SchemaError("priority must be finite and >= 0; pass magnitudes of errors, none when one is NaN")
 
 
+class _Entries:
+    """The flat numbering of the blocks of one moment, in canonical order."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self.size = int(blocks.number.sum())
+        self.offset = np.cumsum(blocks.number) - blocks.number  # [F], first entry of a fragment
+        self.places: dict[tuple[int, int], list[int]] = {}  # fragments of a stream
+        for f, key in enumerate(zip(blocks.shard.tolist(), blocks.stream.tolist(), strict=True)):
+            self.places.setdefault(key, []).append(f)
+        self.twins = self._twins()
+
+    def find(self, key: tuple[int, int], block: NDArray[np.int64], into: NDArray[np.int64]) -> None:
+        """Put the entries of block numbers [n] of one stream in `into` [n], where they are live."""
+        for f in self.places.get(key, ()):
+            inside = block - self.blocks.first[f]
+            here = (inside >= 0) & (inside < self.blocks.number[f])
+            into[here] = inside[here] + self.offset[f]
+
+    def origins(self, new: _Entries) -> NDArray[np.int64]:
+        """The entry here of each entry of `new` [E], -1 where the block is new."""
+        fragment = np.repeat(np.arange(len(new.offset)), new.blocks.number)  # [E]
+        block = np.arange(new.size) - (new.offset - new.blocks.first)[fragment]
+        if np.array_equal(self.blocks.shard, new.blocks.shard) and np.array_equal(
+            self.blocks.stream, new.blocks.stream
+        ):
+            inside = block - self.blocks.first[fragment]
+            live = (inside >= 0) & (inside < self.blocks.number[fragment])
+            return np.where(live, inside + self.offset[fragment], -1)
+        origin = np.full(new.size, -1, np.int64)
+        for f, key in enumerate(zip(new.blocks.shard.tolist(), new.blocks.stream.tolist(), strict=True)):
+            here = slice(new.offset[f], new.offset[f] + new.blocks.number[f])
+            self.find(key, block[here], origin[here])
+        return origin
+
+    def _twins(self) -> list[int]:
+        """Entries e, the last first, of the same block as e + 1: a gap of the stream lies inside it."""
+        blocks = self.blocks
+        end = blocks.first + blocks.number - 1  # [F], the last block
+        same = (blocks.shard[1:] == blocks.shard[:-1]) & (blocks.stream[1:] == blocks.stream[:-1])
+        same &= (end[:-1] == blocks.first[1:]) & (blocks.number[:-1] > 0)
+        return (self.offset[1:][same] - 1)[::-1].tolist()
+
+
 class BlockPriorities:
     """The priority of every live block. Follows a StartIndex; what is evicted leaves.
 
@@ -46,35 +90,31 @@ class BlockPriorities:
     def __init__(self, exponent: float, half_life: float = 0.0) -> None:
         self._exponent = exponent
         self._half_life = half_life
-        self._places: dict[tuple[int, int], list[int]] = {}  # fragments of a stream
-        self._layout = NO_BLOCKS
-        self._offset = np.zeros(0, np.int64)  # [F], first entry of a fragment
+        self._entries = _Entries(NO_BLOCKS)
         self._values = np.zeros(0, np.float32)  # [E], UNKNOWN where never written
         self._scaled = np.zeros(0, np.float32)  # [E], (value + FLOOR) ** exponent, UNKNOWN likewise
         self._written = np.zeros(0, np.int32)  # [E], when
         self._clock = 0
+        self._saved: tuple[_Entries, NDArray[np.float32], NDArray[np.int32]] | None = None
         self._parts: dict[int, tuple[str, str]] = {}
         self._table: list[list[int]] = []  # shard, stream, first block and blocks of the fragments
 
     def follow(self, blocks: Blocks) -> None:
         """Take up new blocks, let evicted ones go."""
-        old, self._layout = self._layout, blocks
-        if all(np.array_equal(a, b) for a, b in zip(old[:4], blocks[:4], strict=True)):
+        old = self._entries
+        if all(np.array_equal(a, b) for a, b in zip(old.blocks[:4], blocks[:4], strict=True)):
             return
-        origin = self._origins(old, blocks)
-        known = origin >= 0
-        size = len(origin)
-        for name, empty in (("_values", UNKNOWN), ("_scaled", UNKNOWN), ("_written", np.int32(0))):
-            array = getattr(self, name)
-            fresh = np.full(size, empty)
-            fresh[known] = array[origin[known]]
-            setattr(self, name, fresh)
-        self._offset = np.cumsum(blocks.number) - blocks.number
-        self._places = {}
-        for f, key in enumerate(zip(blocks.shard.tolist(), blocks.stream.tolist(), strict=True)):
-            self._places.setdefault(key, []).append(f)
-        self._parts.clear()
-        self._table = np.stack(blocks[:4], 1).tolist()
+        self._entries = new = _Entries(blocks)
+        values, written = np.full(new.size, UNKNOWN), np.zeros(new.size, np.int32)
+        sources = [(old, self._values, self._written)] if self._saved is None else [self._saved]
+        if self._saved is not None:  # a block that is checked late after a restart still has its priority
+            sources.append((old, self._values, self._written))
+        for entries, its_values, its_written in sources:
+            origin = entries.origins(new)
+            known = origin >= 0
+            known[known] = its_values[origin[known]] >= 0
+            values[known], written[known] = its_values[origin[known]], its_written[origin[known]]
+        self._set(values, written)
 
     def weights(self) -> NDArray[np.float32]:
         """Scaled priority of every block [E]: what a start's probability is proportional to."""
@@ -101,14 +141,20 @@ class BlockPriorities:
 
         Row i of sequence b lies at start[b] + i * step.
         """
-        position = start[:, None] + np.arange(priority.shape[1]) * step  # [B, L]
-        entry = self._entries(shard, stream, position // BLOCK_ROWS)
+        block = (start[:, None] + np.arange(priority.shape[1]) * step) // BLOCK_ROWS  # [B, L]
+        entry = np.full(block.shape, -1, np.int64)
+        for b, key in enumerate(zip(shard.tolist(), stream.tolist(), strict=True)):
+            self._entries.find(key, block[b], entry[b])
         live = entry >= 0
         touched, group = np.unique(entry[live], return_inverse=True)
         values = np.bincount(group, priority[live], len(touched)) / np.bincount(group, minlength=len(touched))
         self._values[touched] = values
         self._scaled[touched] = self._scale(self._values[touched])
         self._written[touched] = self._clock
+        for at in self._entries.twins:
+            for array in (self._values, self._scaled, self._written):
+                array[at] = array[at + 1]
+            self._parts.pop(at // PART_BLOCKS, None)
         for part in np.unique(touched // PART_BLOCKS).tolist():
             self._parts.pop(part, None)
         return int(live.size - live.sum())
@@ -116,37 +162,13 @@ class BlockPriorities:
     def _scale(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         return (values + np.float32(FLOOR)) ** np.float32(self._exponent)
 
-    def _entries(
-        self, shard: NDArray[np.integer[Any]], stream: NDArray[np.integer[Any]], block: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """The entry of each block number [B, L], -1 where it is not live."""
-        entry = np.full(block.shape, -1, np.int64)
-        first, count = self._layout.first, self._layout.number
-        for b, key in enumerate(zip(shard.tolist(), stream.tolist(), strict=True)):
-            for f in self._places.get(key, ()):
-                inside = block[b] - first[f]
-                here = (inside >= 0) & (inside < count[f])
-                entry[b, here] = inside[here] + self._offset[f]
-        return entry
-
-    def _origins(self, old: Blocks, new: Blocks) -> NDArray[np.int64]:
-        """For each new entry the old one of the same block, -1 for a new block [E]."""
-        size = int(new.number.sum())
-        fragment = np.repeat(np.arange(len(new.number)), new.number)  # [E]
-        block = np.arange(size) - (np.cumsum(new.number) - new.number - new.first)[fragment]
-        if np.array_equal(old.shard, new.shard) and np.array_equal(old.stream, new.stream):
-            inside = block - old.first[fragment]
-            live = (inside >= 0) & (inside < old.number[fragment])
-            return np.where(live, inside + self._offset[fragment], -1)
-        origin = np.full(size, -1, np.int64)
-        at = np.cumsum(new.number) - new.number
-        for f, key in enumerate(zip(new.shard.tolist(), new.stream.tolist(), strict=True)):
-            here = slice(at[f], at[f] + new.number[f])
-            for o in self._places.get(key, ()):
-                inside = block[here] - old.first[o]
-                live = (inside >= 0) & (inside < old.number[o])
-                origin[here][live] = inside[live] + self._offset[o]
-        return origin
+    def _set(self, values: NDArray[np.float32], written: NDArray[np.int32]) -> None:
+        known = values >= 0
+        self._values, self._written = values, written
+        self._scaled = np.full(len(values), UNKNOWN)
+        self._scaled[known] = self._scale(values[known])
+        self._parts.clear()
+        self._table = np.stack(self._entries.blocks[:4], 1).tolist()
 
     # ---- checkpoint -------------------------------------------------------------------------------
 
@@ -169,14 +191,12 @@ class BlockPriorities:
         """Take up saved priorities; the next `follow` fits them to what is live then."""
         table = np.asarray(state["fragments"], np.int64).reshape(-1, 4).T
         size = int(table[3].sum())
-        self.follow(NO_BLOCKS)
-        self.follow(Blocks(table[0], table[1], table[2], table[3], np.zeros(size, np.int64)))
+        self._entries = _Entries(Blocks(table[0], table[1], table[2], table[3], np.zeros(size, np.int64)))
         self._clock = int(state["clock"])
-        self._values = _decode(state["values"], np.float32, size)
-        self._written = _decode(state["written"], np.int32, size)
-        known = self._values >= 0
-        self._scaled = np.full(size, UNKNOWN)
-        self._scaled[known] = self._scale(self._values[known])
+        values = _decode(state["values"], np.float32, size)
+        written = _decode(state["written"], np.int32, size)
+        self._set(values, written)
+        self._saved = (self._entries, values.copy(), written.copy())
 
 
 def _encode(values: NDArray[Any]) -> str:
