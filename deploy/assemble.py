@@ -66,14 +66,31 @@ def params_server(config: RunConfig, port: int, metrics: Metrics) -> ParameterSe
 def replay_shard(
     config: RunConfig, env_spec: EnvSpec, run_dir: str, index: int, metrics: Metrics
 ) -> ReplayShard:
+    from replay.layout import shard_dir
     from replay.shard import ReplayShard
+    from replay.tiers import stages_of
 
+    replay, root, table = config.replay, Path(run_dir) / "replay", table_spec(config, env_spec)
     return ReplayShard(
-        Path(run_dir) / "replay",
+        root,
         index,
-        table_spec(config, env_spec),
+        table,
         capacity_rows=config.shard_capacity,
-        segment_rows=config.replay.segment_rows,
+        segment_rows=replay.segment_rows,
+        capacity_bytes=None if replay.capacity_bytes is None else replay.capacity_bytes // replay.shards,
+        max_age_seconds=replay.max_age_seconds,
+        durability=replay.durability,
+        flush_seconds=replay.flush_seconds,
+        scrub_seconds=replay.scrub_seconds,
+        stages=stages_of(
+            shard_dir(root, index),
+            index,
+            table,
+            compress=replay.compress == "auto",
+            cold_after=replay.cold_after,
+            far=replay.far,
+            far_after=replay.far_after,
+        ),
         initial_grant=-(-(config.prefill + config.chunk_total) // config.replay.shards),
         metrics=metrics,
     )
@@ -107,17 +124,29 @@ def replay_reader(
     limiter: RateLimiter | None = None,
     pins: PinStore | None = None,
 ) -> LocalReader:
-    """The learner's reader; with no `shards` and a limiter of one's own, a mere look into the replay."""
+    """The learner's reader; with no `shards` and a limiter of one's own, a mere look into the replay.
+
+    Shards that do not lie on this node are read over the wire.
+    Raises: ConfigError when that cannot be with replay.resume=exact, and as LocalReader.
+    """
     from replay.batch_spec import BatchSpec
     from replay.client import GrpcShardControl
+    from replay.layout import shard_dir
     from replay.reader import LocalReader
+    from replay.remote import RemoteShard
     from replay.selection import Sampling
 
-    replay = config.replay
-
+    replay, root, table = config.replay, Path(run_dir) / "replay", table_spec(config, env_spec)
+    credentials = security(config)
+    away = [(k, address) for k, address in enumerate(shards) if not shard_dir(root, k).exists()]
+    if away and replay.resume == "exact":
+        raise ConfigError(
+            f"replay.resume=exact needs all shards on the learner's node, shard {away[0][0]} is at "
+            f"{away[0][1]}; set replay.resume=keep"
+        )
     return LocalReader(
-        Path(run_dir) / "replay",
-        table_spec(config, env_spec),
+        root,
+        table,
         spec=BatchSpec(
             batch=config.learner.batch, length=config.learner.length, context=config.learner.context
         ),
@@ -130,7 +159,10 @@ def replay_reader(
         own_weight=replay.own_weight,
         seed=child_seed(config.seed, "sampler"),
         limiter=limiter or rate_limiter(config),
-        controls=[GrpcShardControl(address, security=security(config)) for address in shards],
+        controls=[GrpcShardControl(address, security=credentials) for address in shards],
+        remotes=[
+            RemoteShard(k, address, table, security=credentials, metrics=metrics) for k, address in away
+        ],
         ring=reader_ring(config),
         before_overwrite=pins.before if pins is not None else None,
         metrics=metrics,
@@ -214,4 +246,5 @@ def agent(config: RunConfig, env_spec: EnvSpec) -> Any:
         env_spec,
         device=config.learner.device,
         seed=child_seed(config.seed, "agent"),
+        priority_signal=config.replay.priority.signal,
     )

@@ -18,6 +18,7 @@ from replay.far import FarShelf, write_far
 from replay.layout import StoredSegment
 from replay.ledger import read_ledger
 from replay.object_store import StoreError, open_store
+from replay.pins import pinned_keys
 from replay.quarantine import quarantined
 from replay.segment import Segment
 from replay.upkeep import Stage
@@ -134,7 +135,7 @@ class FarStage:
 
     def _delete_evicted(self, live: set[str]) -> None:
         shelf = self._open_shelf()
-        if gone := self._there - live:
+        if (gone := self._there - live) and (gone := gone - pinned_keys(self._directory.parent)):
             shelf.remove(gone)
             self._there -= gone
             log.info("far segments deleted", extra={"segments": len(gone)})
