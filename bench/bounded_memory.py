@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ ENVS, CHUNK = 8, 16
 CASE = "image"
 FILL_RATE = 20_000.0
 FILL_SECONDS = 900.0
-WARMUP_SECONDS = 20.0
 MIB = 1 << 20
 
 
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-ratio", type=float, default=32.0, help="trained rows per inserted row")
     parser.add_argument("--update-ms", type=float, default=150.0, help="time of one update")
     parser.add_argument("--segment-rows", type=int, default=None, help="rows of a segment; default: chosen")
+    parser.add_argument("--warmup", type=float, default=20.0, help="seconds of training before measuring")
     parser.add_argument("--seed", type=int, default=0, help="seed of the batches")
     parser.add_argument(
         "--root", type=Path, default=None, help="directory for the replay; default: temporary"
@@ -65,8 +66,9 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         root = Path(name)
         learner = _start(root, group, capacity, options, stack)
         _wait_full(root, capacity, learner)
+        time.sleep(options.warmup)
         marks, memory = _watch(root, group, learner, options.seconds)
-        on_disk = sum(path.stat().st_blocks * 512 for path in root.rglob("*") if path.is_file())
+        on_disk = _disk_bytes(root)
     case = f"{options.times:g} x {options.memory_mib} MiB"
     yield from _memory_rows(case, marks, memory, limit, on_disk)
     foreign = load.foreign
@@ -110,7 +112,6 @@ def _wait_full(root: Path, capacity: int, learner: Child) -> None:
             )
         _require_alive(learner)
         time.sleep(0.2)
-    time.sleep(WARMUP_SECONDS)
 
 
 def _watch(
@@ -127,6 +128,16 @@ def _watch(
         marks.append(Mark(time=now, inserted=book["inserted"], trained=trained))
         memory.append(group.read())
     return marks, memory
+
+
+def _disk_bytes(root: Path) -> int:
+    """Bytes of the replay on disk while it goes on evicting."""
+    total = 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(folder) / name).stat().st_blocks * 512
+    return total
 
 
 def _require_alive(learner: Child) -> None:

@@ -38,7 +38,6 @@ PREFILL, TOLERANCE = 1024, 1024
 ENVS, CHUNK = 4, 16
 CASE = "vector"
 CAPACITY_ROWS = 100_000
-WARMUP_SECONDS = 10.0
 TABLE_SECONDS = 30
 START_SECONDS = 60.0
 
@@ -53,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance", type=int, default=None, help="rows either side may be ahead; default: fits the traffic"
     )
+    parser.add_argument("--warmup", type=float, default=10.0, help="seconds of training before measuring")
     parser.add_argument("--seed", type=int, default=0, help="seed of all that goes wrong")
     parser.add_argument(
         "--root", type=Path, default=None, help="directory for the replay; default: temporary"
@@ -90,7 +90,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     ):
         fleet = stack.enter_context(_Fleet(Path(name), options))
         learner = stack.enter_context(closing(_Learner(Path(name), fleet, options)))
-        learner.warm_up()
+        learner.warm_up(options.warmup)
         recorder = _Recorder(Path(name), options.shards, learner)
         begun = dict(learner.reader.governor.books.seconds)
         threads = [
@@ -187,14 +187,14 @@ class _Learner:
         self.trained = 0
         self.pauses = 0
 
-    def warm_up(self) -> None:
+    def warm_up(self, seconds: float) -> None:
         """Wait for the prefill and for the first updates. Raises: DeadlineError."""
         deadline = time.monotonic() + START_SECONDS
         while not self.trained:
             if time.monotonic() > deadline:
                 raise DeadlineError(f"no batch within {START_SECONDS:g} s: {self.reader.governor.line()}")
             self._update()
-        self.run(WARMUP_SECONDS, pauses=False)
+        self.run(seconds, pauses=False)
 
     def run(self, seconds: float, *, pauses: bool = True) -> None:
         until = time.monotonic() + seconds

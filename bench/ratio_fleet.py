@@ -78,7 +78,7 @@ class Child:
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()
-        self._process.wait()
+        self._release()
 
     def listen(self) -> None:
         """Keep the newest line it prints in `said`, in a thread."""
@@ -104,11 +104,17 @@ class Child:
             self._process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+        self._release()
+
+    def _release(self) -> None:
+        """Wait for its end and close the pipes."""
+        self._process.wait()
         if self._listener is not None:
             self._listener.join()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
