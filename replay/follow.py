@@ -154,12 +154,12 @@ class MappedShard:
         """Follow shard `index`. Raises: FileNotFoundError while it is being made."""
         self.index = index
         self._directory = directory
-        self._inode = directory.stat().st_ino
         self._table = table
         self._vetting = vetting
         self._openers = openers
         self._metrics = metrics
         self._catalog = Catalog(directory, writable=False)
+        self._inode = (directory / "catalog.bin").stat().st_ino  # nobody else gets it while it is mapped
         self._generation = -1
         self._segments: dict[Key, _Followed] = {}
         self._growing: list[_Followed] = []  # those with a slot that is not full
@@ -222,7 +222,7 @@ class MappedShard:
     def replaced(self) -> bool:
         """Whether the directory is another one than at first."""
         try:
-            return self._directory.stat().st_ino != self._inode
+            return (self._directory / "catalog.bin").stat().st_ino != self._inode
         except FileNotFoundError:
             return True
 

@@ -1,7 +1,10 @@
 """What a reader makes of shards that grow, move, vanish and rot under it."""
 
+import gc
+import os
 import random
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from replay import follow, layout, seal, synthetic
 from replay.catalog import Catalog
 from replay.cold import plan_codecs, write_cold
 from replay.index import StartIndex
+from replay.raw import open_raw
 from replay.rows import Home, RowViews
 from replay.segment import Segment, data_path
 from replay.shard import ReplayShard
@@ -300,6 +304,31 @@ def test_rows_are_the_same_after_they_were_read_ahead(tmp_path: Path) -> None:
     assert check_rows(view.index) == 300
     assert view.distant in (False, True)  # it depends on the page cache
     view.release()
+
+
+def test_a_table_is_distant_while_its_pages_are_not_in_memory() -> None:
+    table = synthetic.image_table(size=32)
+    with tempfile.TemporaryDirectory() as name:  # a disk, if there is one; tmp_path is memory
+        shard = ReplayShard(Path(name), 0, table, capacity_rows=4096)
+        shard.append([synthetic.rows(table, StreamId(actor=0, env=0), 0, 300)], 5.0)
+        shard.flush()
+        shard.close()
+        del shard
+        gc.collect()  # mapped pages stay
+        for path in filter(Path.is_file, Path(name).rglob("*")):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+        homes = [
+            open_raw(path, table) for path in layout.segment_paths(layout.shard_dir(Path(name), 0)).values()
+        ]
+        if not any(home.distant for home in homes):
+            pytest.skip("the page cache of this file system cannot be emptied")
+        for home in homes:
+            for column in home.views.columns.values():
+                column.sum()
+        assert not any(home.distant for home in homes)
 
 
 def test_a_reader_beside_a_busy_shard_never_sees_a_wrong_row(tmp_path: Path) -> None:
