@@ -219,7 +219,7 @@ def open_table(root: Path, table: TableSpec) -> str:
     path = root / "table.json"
     if not path.exists():
         value = {"format": FORMAT, "digest": table.digest, "table": table.to_json()}
-        value["replay"] = os.urandom(8).hex()
+        value["replay"] = _carried_id(root, table) or os.urandom(8).hex()
         draft = root / f".table-{os.getpid()}-{os.urandom(4).hex()}"
         write_json(draft, value)
         try:
@@ -231,6 +231,19 @@ def open_table(root: Path, table: TableSpec) -> str:
         finally:
             draft.unlink(missing_ok=True)
     return check_table(root, table)
+
+
+def _carried_id(root: Path, table: TableSpec) -> str | None:
+    """The replay's id as its segments carry it: table.json may be made again from them."""
+    for index in shard_indices(root):
+        for segment in segment_paths(shard_dir(root, index)).values():
+            try:
+                about = ((read_json(segment / "zarr.json") or {}).get("attributes") or {}).get("replay")
+            except (IntegrityError, AttributeError):
+                continue
+            if isinstance(about, dict) and about.get("schema") == table.digest:
+                return str(about.get("replay"))
+    return None
 
 
 def check_table(root: Path, table: TableSpec) -> str:

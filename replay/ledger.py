@@ -37,6 +37,7 @@ class Ledger:
     evicted_through: int = -1  # number of the newest evicted segment
     lost_rows: int = 0  # of evicted_rows: by damage
     skipped: int = 0  # positions passed over without rows, because nobody knew how many there had been
+    forgotten: int = 0  # rows that a stream nobody remembers may have had; it may go on anywhere
     boot: str = ""  # boot of the machine in which the shard was opened
     cursors: dict[int, Cursor] = field(default_factory=dict[int, Cursor])  # by stream key
 
@@ -63,6 +64,7 @@ def save_ledger(directory: Path, ledger: Ledger) -> None:
             "evicted_through": ledger.evicted_through,
             "lost_rows": ledger.lost_rows,
             "skipped": ledger.skipped,
+            "forgotten": ledger.forgotten,
             "boot": ledger.boot,
             "cursors": cursors,
         },
@@ -128,6 +130,7 @@ def _parse(value: Mapping[str, Any]) -> Ledger:
         evicted_through=int(value["evicted_through"]),
         lost_rows=int(value.get("lost_rows", 0)),
         skipped=int(value.get("skipped", 0)),
+        forgotten=int(value.get("forgotten", 0)),
         boot=str(value.get("boot", "")),
     )
     for key, position, incarnation, episode, step, is_last, torn in value["cursors"].values():

@@ -11,6 +11,7 @@ that falls silent loses its slot when the log has moved on, so that its segment 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -140,6 +141,15 @@ class SegmentLog:
         self.cursors[key] = replace(cursor, position=cursor.position + 1, torn=True)
         self.ledger.skipped += 1
 
+    def cursor(self, key: int) -> Cursor | None:
+        """The newest row of a stream; torn for one whose past may have been lost, None for a new one."""
+        known = self.cursors.get(key)
+        if known is None and self.ledger.forgotten:
+            return Cursor(
+                position=self.ledger.forgotten, incarnation=-1, episode=0, step=-1, is_last=False, torn=True
+            )
+        return known
+
     def take_dirty(self) -> list[Segment]:
         """Segments written since the last call; flushing them makes everything acknowledged durable."""
         dirty, self._dirty = list(self._dirty.values()), {}
@@ -154,6 +164,14 @@ class SegmentLog:
             if not entry.sealed and (
                 entry.stored.origin != self._index or entry.stored.number not in growing
             ):
+                return entry
+        return None
+
+    def find(self, origin: int, stem: str) -> Entry | None:
+        """The segment of this name; of the shard's own only the oldest, which alone may leave by itself."""
+        own = next(iter(self._entries.values()), None)
+        for entry in [*self._adopted, *([own] if own else [])]:
+            if (entry.stored.origin, entry.stored.stem) == (origin, stem):
                 return entry
         return None
 
@@ -206,10 +224,11 @@ class SegmentLog:
         self.catalog["generation"] += 1
 
     def vouch(self) -> None:
-        """Write down which segments are verified or were filled in this life."""
+        """Write down which segments are verified or were filled in this life, and where streams are."""
         names = [str(e.path.relative_to(self.directory)) for e in self.entries() if e.verified]
         value = {"format": layout.FORMAT, "epoch": self.ledger.epoch, "segments": names}
         layout.write_json(self.directory / layout.VERIFIED, value)
+        save_ledger(self.directory, self.ledger)
 
     def close(self) -> None:
         """Stop the worker and drop the unused spare segment; the rows stay."""
@@ -220,6 +239,8 @@ class SegmentLog:
         if spare is not None and not spare.cancelled() and spare.exception() is None:
             path = spare.result().path
             layout.remove((path, layout.overlay_path(path)))
+        with contextlib.suppress(PreflightError):  # a disk that is full: the segments tell as much
+            save_ledger(self.directory, self.ledger)
 
     # ---- room -------------------------------------------------------------------------------------
 
@@ -227,7 +248,9 @@ class SegmentLog:
         segment = self._newest
         if segment is None or self._next_slot == self.format.geometry.slots:
             segment = self._adopt_spare(timeout)
-        cursor = self.cursors.get(key)
+        cursor = self.cursor(key)
+        if cursor is not None and key not in self.cursors:
+            self.ledger.skipped += cursor.position
         tail = _Tail(segment, self._next_slot, cursor.position if cursor else 0, 0, self.inserted)
         segment.slots[tail.slot] = (stream.actor, stream.env, tail.start)
         self._next_slot += 1
@@ -284,12 +307,12 @@ class SegmentLog:
     def clear(self) -> None:
         """Evict everything."""
         while (entry := self._oldest()) is not None:
-            self._evict(entry)
+            self.evict(entry)
 
     def evict_older(self, born: float) -> None:
         """Evict sealed segments whose first row is older than the Unix time `born`."""
         while (entry := self._oldest()) is not None and entry.sealed and entry.born < born:
-            self._evict(entry)
+            self.evict(entry)
 
     def _make_room(self, count: int) -> None:
         while (entry := self._oldest()) is not None and self._over(count):
@@ -299,7 +322,7 @@ class SegmentLog:
                 and self.rows + count <= self._capacity
             ):
                 return  # bytes alone never take the segment that is being filled
-            self._evict(entry)
+            self.evict(entry)
 
     def _over(self, count: int) -> bool:
         if self.rows + count > self._capacity:
@@ -310,8 +333,8 @@ class SegmentLog:
         heads = [*self._adopted[:1], *(self._entries[n] for n in list(self._entries)[:1])]
         return min(heads, key=lambda entry: entry.born, default=None)
 
-    def _evict(self, entry: Entry) -> None:
-        """Forget the oldest segment. The ledger goes first: a crash in between is finished at reopening."""
+    def evict(self, entry: Entry) -> None:
+        """Forget the oldest segment of its origin. The ledger goes first: a crash in between is finished at reopening."""
         if entry.stored.origin == self._index:
             before = self.ledger.evicted_rows, self.ledger.evicted_through
             self.ledger.evicted_rows += entry.rows

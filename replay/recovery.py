@@ -132,7 +132,7 @@ class _Rescue:
             for end in ends:
                 if end.slot != UNKNOWN:
                     self._move_cursor(number, end)
-            if any(end.slot == UNKNOWN for end in ends):
+            if any(end.claimed and not end.good for end in ends):  # whose rows they were is not proven
                 self._unreadable.append(number)
         return [number for number in chosen if number not in self._strangers]
 
@@ -154,6 +154,7 @@ class _Rescue:
             self._lose("missing", f"segment {number} of {self._directory} is gone")
         gone = sorted(missing | set(self._unreadable))
         self._found.unknown_rows = len(gone) * self._format.geometry.total
+        ledger.forgotten += self._found.unknown_rows
         for key, cursor in ledger.cursors.items():
             later = sum(number > self._newest.get(key, -1) for number in gone)
             if later:

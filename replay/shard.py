@@ -20,9 +20,10 @@ from replay.credits import UNLIMITED
 from replay.geometry import choose_geometry
 from replay.layout import StoredSegment
 from replay.log import SegmentLog
+from replay.move import copy_in, held_elsewhere
 from replay.segment import SegmentFormat, allow_many_files
 from replay.upkeep import Durability, Stage, Upkeep, flush
-from system.errors import DeadlineError, PreflightError, RejectedError
+from system.errors import ConfigError, DeadlineError, IntegrityError, PreflightError, RejectedError
 from system.experience import Ack, Chunk
 from system.metrics import Metrics
 from system.specs import TableSpec
@@ -118,12 +119,13 @@ class ReplayShard:
             raise
         self._metrics = metrics
         self._changed = threading.Condition()
+        self._adopting = threading.Lock()
         self._flush_acks = durability == "flush"
         self._granted = initial_grant
         self._duplicates = self._rejected = self._waiting = 0
         self._wait_seconds = 0.0
         self._closed = False
-        self._evicted = self._log.inserted - self._log.rows
+        self._evicted = self._log.ledger.evicted_rows
         self._incarnations: dict[int, int] = {}
         for key, cursor in self._log.cursors.items():
             self._saw(key >> 16, cursor.incarnation)
@@ -183,7 +185,7 @@ class ReplayShard:
                 streams=len(self._log.cursors),
                 duplicates=self._duplicates,
                 rejected=self._rejected,
-                evicted=self._log.inserted - self._log.rows,
+                evicted=self._log.ledger.evicted_rows,
                 waiting=self._waiting,
                 granted=self._granted,
                 wait_seconds=self._wait_seconds,
@@ -207,6 +209,38 @@ class ReplayShard:
         """The sealed segments, the oldest first."""
         with self._changed:
             return [entry.stored for entry in self._log.entries() if entry.sealed]
+
+    def adopt(self, segment: Path) -> int:
+        """Take over a sealed segment of another shard by a checked copy; return its rows, 0 if it is here.
+
+        Raises: as `move.copy_in`.
+        """
+        with self._adopting:
+            entry = copy_in(segment, self.directory, self.index, self.table.digest, self._log.format.replay_id)
+            if entry is None:
+                return 0
+            with self._changed:
+                self._require_open()
+                self._log.adopt(entry)
+                self._log.vouch()
+                self._log.changed()
+                self._export()
+            return entry.rows
+
+    def let_go(self, origin: int, stem: str) -> int:
+        """Evict a segment that another shard has adopted; return its rows.
+
+        Raises: ConfigError when it is not the oldest here; IntegrityError when nobody else holds it.
+        """
+        with self._changed:
+            entry = self._log.find(origin, stem)
+            if entry is None:
+                raise ConfigError(f"segment {stem} must be the oldest of shard {self.index} to be let go")
+            if not held_elsewhere(self.directory.parent, self.index, origin, stem):
+                raise IntegrityError(f"segment {stem} of shard {origin} must be held by another shard first")
+            self._log.evict(entry)
+            self._export()
+            return entry.rows
 
     def clear(self) -> None:
         """Evict all rows; streams go on where they are, positions and lifetime counts with them."""
@@ -262,7 +296,7 @@ class ReplayShard:
 
     def _known(self, chunk: Chunk, key: int) -> int:
         newest = self._incarnations.get(chunk.stream.actor, -1)
-        return rows_known(self._log.cursors.get(key), newest, chunk)
+        return rows_known(self._log.cursor(key), newest, chunk)
 
     def _wait_credit(self, chunk: Chunk, rows: int, deadline: float) -> None:
         begin = time.monotonic()
@@ -315,7 +349,7 @@ class ReplayShard:
             self._metrics[name].inc(amount)
 
     def _export(self) -> None:
-        evicted = self._log.inserted - self._log.rows
+        evicted = self._log.ledger.evicted_rows
         self._count("replay_rows_evicted_total", evicted - self._evicted)
         self._evicted = evicted
         if self._metrics is None:
