@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from deploy import dataset_cli
+from deploy.limit_cli import limit
 
 
 @click.group()
@@ -14,3 +15,4 @@ def replay() -> None:
 
 for _command in dataset_cli.COMMANDS:
     replay.add_command(_command)
+replay.add_command(limit)

@@ -8,7 +8,7 @@ import click
 from deploy.__main__ import cli
 
 VERBS = {"train", "recipes", "eval", "status", "audit", "video", "doctor", "env check"}
-VERBS |= {"replay export", "replay import", "replay migrate"}
+VERBS |= {"replay export", "replay import", "replay migrate", "replay limit"}
 
 
 def leaves(group: click.Group, prefix: str = "") -> set[str]:
