@@ -1,0 +1,192 @@
+"""A replay over three nodes that loses one: seconds without a batch, uniformity, seconds until it is back.
+
+The learner's side is in this process and reads every shard over gRPC. A node is killed as by a power cut, its
+disk stays; then it comes back at another address. `--nodes process` does the same without Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy import stats
+
+from bench.cluster_nodes import TABLE, Nodes, ProcessNodes, RayNodes
+from bench.load import Load, Row, Samples
+from replay import synthetic
+from replay.client import GrpcReplayWriter
+from replay.limiter import RateLimiter
+from replay.reader import LocalReader
+from replay.remote import RemoteShard
+from system.errors import InfrastructureError
+from system.experience import StreamId
+
+STREAM_ROWS: Mapping[int, tuple[int, ...]] = {0: (260, 90), 1: (300,), 2: (120, 70, 150)}
+"""Rows of every stream, by shard: of different lengths, so that drawing shards alike would show."""
+BATCH, LENGTH = 16, 16
+DRAWS = 300
+"""Batches of one test of uniformity."""
+PLANNED = 8
+"""Batches that may have been planned before a change."""
+TIMEOUT = 60.0
+LEGAL = {
+    (shard, shard << 16 | env, start)
+    for shard, streams in STREAM_ROWS.items()
+    for env, rows in enumerate(streams)
+    for start in range(rows - LENGTH + 1)
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outage:
+    """What one loss of a node cost. Made by `lose_node`."""
+
+    pause_seconds: float  # longest time without a batch, from the kill until the shard had left
+    noticed_seconds: float  # from the kill until its rows could no longer be drawn
+    return_seconds: float  # from its start, that of the node included, until its rows could be drawn again
+    serve_seconds: float  # of these, since the shard listened
+    p_before: float  # chi-square over all legal starts: of all shards
+    p_during: float  # of those that lived
+    p_after: float
+    p_shards: float  # the least over the three times: rows drawn of each shard
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", choices=("ray", "process"), default="ray", help="what a node is")
+    parser.add_argument("--trials", type=int, default=3, help="times each node is lost and comes back")
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """One row per figure, over all trials; probabilities are the least of all."""
+    kind = RayNodes if options.nodes == "ray" else ProcessNodes
+    outages: list[Outage] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-cluster-") as folder,
+        kind(Path(folder)) as nodes,
+        Table(Path(folder), nodes) as table,
+        Load() as load,
+    ):
+        for _ in range(options.trials):
+            outages += [table.lose_node(index) for index in STREAM_ROWS]
+    case = f"3 nodes, {options.nodes}"
+    for name, unit in (
+        ("pause_seconds", "s"), ("noticed_seconds", "s"), ("return_seconds", "s"), ("serve_seconds", "s"),
+        ("p_before", "least"), ("p_during", "least"), ("p_after", "least"), ("p_shards", "least"),
+    ):  # fmt: skip
+        values = tuple(float(getattr(outage, name)) for outage in outages)
+        samples = Samples(values=values, foreign_load=load.foreign, cpu_per_wall=load.cpu_per_wall)
+        more = {"value": min(values)} if unit == "least" else {}
+        yield samples.row("cluster", case, name, unit, **more)
+        if unit == "s":
+            yield samples.row("cluster", case, f"{name}_worst", unit, value=max(values))
+
+
+class Table:
+    """A filled table over the nodes, and the reader that samples it from here."""
+
+    def __init__(self, folder: Path, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self._here = folder / "here"
+        self._addresses: dict[int, str] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Table:
+        for index, streams in STREAM_ROWS.items():
+            self._addresses[index] = self._nodes.start(index)
+            with closing(GrpcReplayWriter(self._addresses[index], TABLE)) as writer:
+                for env, count in enumerate(streams):
+                    chunk = synthetic.rows(TABLE, StreamId(actor=index, env=env), 0, count)
+                    writer.append([chunk], TIMEOUT)
+        remotes = [RemoteShard(k, lambda k=k: self._addresses[k], TABLE) for k in STREAM_ROWS]
+        self.reader = LocalReader(
+            self._here,
+            TABLE,
+            batch=BATCH,
+            length=LENGTH,
+            context=0,
+            seed=0,
+            limiter=RateLimiter(1e9, 1, 1 << 40, 1),
+            controls=[],
+            remotes=remotes,
+        )
+        self._stack.callback(self.reader.close)
+        self._until(lambda: self._live() == self._rows(STREAM_ROWS))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def lose_node(self, index: int) -> Outage:
+        """Kill a node while batches are drawn, draw on, bring it back, draw on."""
+        p_before, before = self._uniformity(*STREAM_ROWS)
+        others = [k for k in STREAM_ROWS if k != index]
+        self._nodes.kill(index)
+        begun = last = time.monotonic()
+        pause = 0.0
+        while self._live() != self._rows(others):
+            self.reader.sample(TIMEOUT)
+            now = time.monotonic()
+            pause, last = max(pause, now - last), now
+            self._check(now - begun, f"shard {index} still has rows though its node is dead")
+        noticed = time.monotonic() - begun
+        self.reader.sample(TIMEOUT)  # goes on without it
+        pause = max(pause, time.monotonic() - last)
+        p_during, during = self._uniformity(*others)
+        begun = time.monotonic()
+        self._addresses[index] = self._nodes.start(index)
+        listens = time.monotonic()
+        self._until(lambda: self._live() == self._rows(STREAM_ROWS))
+        returned = time.monotonic()
+        p_after, after = self._uniformity(*STREAM_ROWS)
+        return Outage(
+            pause_seconds=pause,
+            noticed_seconds=noticed,
+            return_seconds=returned - begun,
+            serve_seconds=returned - listens,
+            p_before=p_before,
+            p_during=p_during,
+            p_after=p_after,
+            p_shards=min(before, during, after),
+        )
+
+    def _uniformity(self, *shards: int) -> tuple[float, float]:
+        """P that all legal starts of these shards are drawn alike, and that the shards are, by their starts.
+
+        Raises: InfrastructureError for a start that is none of theirs.
+        """
+        legal = sorted(key for key in LEGAL if key[0] in shards)
+        for _ in range(PLANNED):
+            self.reader.sample(TIMEOUT)
+        found: Counter[tuple[int, int, int]] = Counter()
+        for _ in range(DRAWS):
+            ids = self.reader.sample(TIMEOUT).ids
+            found.update(zip(ids.shard.tolist(), ids.stream.tolist(), ids.start.tolist(), strict=True))
+        if strange := found.keys() - set(legal):
+            raise InfrastructureError(f"drawn though shards {shards} do not have them: {sorted(strange)[:5]}")
+        starts = float(stats.chisquare([found[key] for key in legal]).pvalue)
+        drawn = [sum(n for key, n in found.items() if key[0] == shard) for shard in shards]
+        share = [sum(key[0] == shard for key in legal) for shard in shards]
+        expected = [sum(drawn) * part / sum(share) for part in share]
+        return starts, float(stats.chisquare(drawn, expected).pvalue)
+
+    def _live(self) -> int:
+        return self.reader.counts()[1]
+
+    def _rows(self, shards: Mapping[int, object] | list[int]) -> int:
+        return sum(sum(STREAM_ROWS[shard]) for shard in shards)
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        begun = time.monotonic()
+        while not done():
+            self._check(time.monotonic() - begun, f"{self._live()} rows can be drawn, others are missing")
+            time.sleep(0.002)
+
+    def _check(self, seconds: float, what: str) -> None:
+        if seconds > TIMEOUT:
+            raise InfrastructureError(f"{what} after {seconds:.0f} s; see the log of `replay.remote`")
