@@ -17,6 +17,7 @@ from deploy.run_dir import RunDirectory
 from replay.audit import Finding, ReplayBooks, audit_replay
 
 ENDED = ("role lost", "role stopped", "role left behind")
+RESTORED = "replay restored"
 SHOWN = 12
 """Findings and lives shown as text; JSON has all."""
 
@@ -131,9 +132,15 @@ class _Claim:
 
 
 def _claims(run_dir: RunDirectory) -> dict[tuple[int, int], _Claim]:
-    """By (actor, incarnation). Events first: a life in a status file may still go on."""
+    """By (actor, incarnation). Events first: a life in a status file may still go on.
+
+    Lives before an exact resume claim nothing: rows younger than the checkpoint were given up on purpose.
+    """
     claims: dict[tuple[int, int], _Claim] = {}
+    given_up: dict[str, int] = {}
     for event in run_dir.events():
+        if event.get("event") == RESTORED:
+            given_up |= event.get("incarnations", {})
         role, _, index = str(event.get("role", "")).rpartition("-")
         if event.get("event") in ENDED and role == "actor":
             claim = claims.setdefault((int(index), int(event["incarnation"])), _Claim(counts={}))
@@ -143,7 +150,7 @@ def _claims(run_dir: RunDirectory) -> dict[tuple[int, int], _Claim]:
         if record["role"] == "actor":
             claim = claims.setdefault((int(record["index"]), int(record["incarnation"])), _Claim(counts={}))
             claim.take(row_counts(record.get("payload", {})), stopped=record["state"] == "stopped")
-    return claims
+    return {key: claim for key, claim in claims.items() if key[1] > given_up.get(f"actor-{key[0]}", -1)}
 
 
 def _lives(claims: Mapping[tuple[int, int], _Claim], books: ReplayBooks) -> Iterator[ActorLife]:

@@ -14,6 +14,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from deploy import assemble
+from deploy.audit import RESTORED
 from deploy.run_config import RunConfig
 from deploy.run_dir import RunDirectory
 from learner.checkpoint import CheckpointStore
@@ -112,8 +113,9 @@ def _restore(config: RunConfig, run_dir: RunDirectory) -> None:
     name, meta = newest
     done = restore_exact(run_dir.replay, name, cut_of(name, meta))
     run_dir.event(
-        "replay restored",
+        RESTORED,
         checkpoint=name,
+        incarnations=run_dir.incarnations(),  # lives whose younger rows are given up
         rows=done.rows,
         removed_rows=done.removed,
         returned_segments=done.returned,

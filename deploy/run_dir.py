@@ -155,12 +155,15 @@ class RunDirectory:
 
     def next_incarnation(self, role: str, index: int) -> int:
         """Count one more life of a role; grows over restarts and resumes, so a zombie is recognised."""
-        path = self.incarnations_file
-        counts: dict[str, int] = read_json(path) if path.exists() else {}
+        counts = self.incarnations()
         key = f"{role}-{index}"
         counts[key] = counts.get(key, 0) + 1
-        self.write_json(path, counts)
+        self.write_json(self.incarnations_file, counts)
         return counts[key]
+
+    def incarnations(self) -> dict[str, int]:
+        """Lives of each role so far, by role and index. Raises: IntegrityError when the file is damaged."""
+        return read_json(self.incarnations_file) if self.incarnations_file.exists() else {}
 
     def config(self) -> Mapping[str, Any]:
         """The resolved config this run was started with. Raises: ConfigError when this is no run."""
