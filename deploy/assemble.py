@@ -104,7 +104,10 @@ def shard_server(config: RunConfig, shard: ReplayShard, port: int) -> ShardServe
 
 def rate_limiter(config: RunConfig) -> RateLimiter:
     from replay.limiter import RateLimiter
+    from replay.offline import OfflineLedger
 
+    if config.offline:
+        return OfflineLedger()
     return RateLimiter(
         train_ratio=config.replay.train_ratio,
         prefill_rows=config.prefill,

@@ -107,9 +107,9 @@ class Driver:
         config = self.config
         self._note_left_behind()
         self._launch("params", 0)
-        for index in range(config.replay.shards):
+        for index in range(config.shard_count):
             self._launch("shard", index)
-        self._await_running(["params-0", *(f"shard-{i}" for i in range(config.replay.shards))])
+        self._await_running(["params-0", *(f"shard-{i}" for i in range(config.shard_count))])
         self._launch("learner", 0)
         for index in range(config.actors.count):
             self._launch("actor", index)
@@ -148,7 +148,7 @@ class Driver:
             params_address="" if services else self._address("params-0"),
             shard_addresses=()
             if services
-            else tuple(self._address(f"shard-{i}") for i in range(self.config.replay.shards)),
+            else tuple(self._address(f"shard-{i}") for i in range(self.config.shard_count)),
             port=port,
         )
         self.fleet.launch(spec)
@@ -264,6 +264,8 @@ class Driver:
         progress.return_mean = sum(self._returns) / len(self._returns) if self._returns else None
         left = self.config.env_steps - progress.env_steps
         progress.eta_seconds = left / progress.env_rate if progress.env_rate > 0 else None
+        if self.config.offline and self.config.updates is not None and progress.update_rate > 0:
+            progress.eta_seconds = (self.config.updates - progress.updates) / progress.update_rate
         self.progress = progress
 
     def _take_episodes(self, life: str, payload: Mapping[str, Any], progress: Progress) -> None:
@@ -308,10 +310,14 @@ class Driver:
 
     @property
     def collected(self) -> bool:
-        """True once enough rows are inserted, or the time is up."""
+        """True once enough rows are inserted, the updates are spent, or the time is up."""
         limit = self.config.max_seconds
         over = limit is not None and self.progress.seconds > limit
-        return over or self.progress.env_steps >= self.config.env_steps
+        return over or self._spent or self.progress.env_steps >= self.config.env_steps
+
+    @property
+    def _spent(self) -> bool:
+        return self.config.updates is not None and self.progress.updates >= self.config.updates
 
     @property
     def finished(self) -> bool:
@@ -322,7 +328,7 @@ class Driver:
             self._drain()
         learner = self.fleet.statuses()["learner-0"]
         limit = self.config.max_seconds
-        if limit is not None and self.progress.seconds > limit:
+        if self._spent or (limit is not None and self.progress.seconds > limit):
             return True
         owed = float(learner.payload.get("owed_rows", float("inf")))
         # What it owes counts only once it has seen the last rows.

@@ -95,6 +95,7 @@ class LearnerRole:
             signature=named,
             checkpoint_seconds=config.learner.checkpoint_seconds,
             checkpoint_asked=lambda: taken(run_dir.checkpoint_request),
+            total_updates=config.updates,
             until=lambda: self._stopping,
             progress=progress,
             cuts=self._pins,
@@ -113,14 +114,17 @@ class LearnerRole:
         """Advance the loop for about `seconds`, at least one tick."""
         until = time.monotonic() + seconds
         self._limits.poll()
-        tick: LearnerTick | None = None
         for tick in self._loop:
+            self._tick = tick
             if tick.metrics:
                 self._newest = dict(tick.metrics)
             if time.monotonic() >= until:
                 break
-        return self._status(tick)
+        else:  # all updates are done: whoever drives will say stop
+            time.sleep(seconds)
+        return self._status(self._tick)
 
+    _tick: LearnerTick | None = None
     _younger = 0  # rows in replay that the weights resumed from had not seen
     _newest: dict[str, float] = {}  # noqa: RUF012 (replaced, never changed in place)
 
@@ -129,7 +133,7 @@ class LearnerRole:
         out: dict[str, Any] = {
             "owed_rows": limiter.error,
             "inserted": limiter.inserted,
-            "train_ratio": limiter.held_ratio if limiter.prefilled else None,
+            "train_ratio": limiter.held_ratio if limiter.prefilled and not self._config.offline else None,
             "train_ratio_asked": limiter.train_ratio,
             "governor": self._reader.governor.report(),
             "metrics": self._newest,
@@ -152,4 +156,4 @@ class LearnerRole:
         ticks = list(self._loop)
         self._reader.close()
         self._pins.close()
-        return self._status(ticks[-1] if ticks else None)
+        return self._status(ticks[-1] if ticks else self._tick)

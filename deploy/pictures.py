@@ -60,12 +60,11 @@ def draw_open_loop(path: Path) -> list[Path]:
     Raises: ConfigError when the replay holds no whole sequence.
     """
     from learner.evaluation.openloop import film_strip, open_loop
-    from replay.limiter import RateLimiter
+    from replay.offline import OfflineLedger
 
     config, env_spec, agent, _state = load_agent(path)
-    anything_goes = RateLimiter(1.0, prefill_rows=0, tolerance_rows=1 << 40, min_rows=1)
     metrics = Metrics(config.name, "video")
-    reader = assemble.replay_reader(config, env_spec, str(path), (), metrics, limiter=anything_goes)
+    reader = assemble.replay_reader(config, env_spec, str(path), (), metrics, limiter=OfflineLedger())
     try:
         sequence = reader.sample(timeout=5.0)
         report = open_loop(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from system.config import StrictConfig
 from system.specs import NAME
@@ -50,6 +50,12 @@ class SourceConfig(StrictConfig):
     """Replay root, as `dreamfleet replay import` or an earlier run made it."""
     weight: float = Field(1.0, gt=0)
     """Share of the rows of a batch, beside the run's own share of `replay.own_weight`."""
+
+    @field_validator("path")
+    @classmethod
+    def _path_holds_everywhere(cls, path: Path) -> Path:
+        """Processes of a run may work in other folders."""
+        return path.expanduser().absolute()
 
 
 class ReplayConfig(StrictConfig):

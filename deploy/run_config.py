@@ -36,8 +36,8 @@ class EnvConfig(StrictConfig):
 class ActorsConfig(StrictConfig):
     """How experience is collected."""
 
-    count: int = Field(2, ge=1, le=4096)
-    """Actor processes."""
+    count: int = Field(2, ge=0, le=4096)
+    """Actor processes; 0: train from `replay.sources` alone, for `updates` updates."""
     envs: int = Field(8, ge=1, le=4096)
     """Environments in each actor, stepped as one batch."""
     chunk_rows: int = Field(16, ge=1, le=64)
@@ -120,6 +120,8 @@ class RunConfig(StrictConfig):
     """ray: roles on a Ray cluster (started here if none runs); local: plain processes."""
     env_steps: int = Field(1_000_000, ge=1)
     """Inserted rows after which the run ends."""
+    updates: int | None = Field(None, ge=1)
+    """Updates after which the run ends even if env_steps are not reached; none: no limit."""
     max_seconds: float | None = Field(None, gt=0)
     """Wall time after which the run ends early; none: no limit."""
     silent_seconds: float = Field(120.0, gt=0)
@@ -143,6 +145,8 @@ class RunConfig(StrictConfig):
     @model_validator(mode="after")
     def _sequences_fit(self) -> RunConfig:
         """Refuse what could never train."""
+        if self.offline:
+            return self._offline_fits()
         streams = self.actors.count * self.actors.envs
         rows = self.learner.length + self.learner.context
         # Actors have home shards, so that of several a shard may have more streams than another.
@@ -168,6 +172,27 @@ class RunConfig(StrictConfig):
                 f"stream ({least}), or nothing is ever trained; raise env_steps or lower learner.length"
             )
         return self
+
+    def _offline_fits(self) -> RunConfig:
+        if self.updates is None:
+            raise ValueError("updates (none) must be set with actors.count=0, or the run never ends; set it")
+        if not self.replay.sources or self.replay.own_weight:
+            raise ValueError(
+                f"actors.count=0 needs replay.sources ({sorted(self.replay.sources)}) and "
+                f"replay.own_weight=0 ({self.replay.own_weight:g}): there are no rows but those of the "
+                "sources; set both"
+            )
+        return self
+
+    @property
+    def offline(self) -> bool:
+        """No actors: the learner trains from `replay.sources` alone."""
+        return self.actors.count == 0
+
+    @property
+    def shard_count(self) -> int:
+        """Shard processes of the run."""
+        return 0 if self.offline else self.replay.shards
 
     @property
     def batch_rows(self) -> int:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, type[DreamerConfig]] = {"dreamer": DreamerConfig}
 """World-model families by name, with the class of their config."""
 
+ACTION_FREE_FAMILIES: frozenset[str] = frozenset()
+"""Families whose agents honour `action_mask`: rows without actions and rewards, such as video."""
+
 
 def make_config(family: str, settings: Mapping[str, Any]) -> DreamerConfig:
     """The validated config of a family. Raises: ConfigError naming the field, its value and the rule."""
