@@ -165,7 +165,7 @@ def far_manifest(cold: Path, manifest: seal.Manifest, url: str, key: str) -> sea
             stored = np.fromfile(file, np.uint8)
             chunks = len(manifest.committed) * manifest.rows // CHUNK_ROWS
             indices[name] = read_index(stored, chunks, len(stored), file).tolist()
-    extra = {"url": url, "key": key, "attributes": attributes, "indices": indices}
+    extra = {**manifest.extra, "url": url, "key": key, "attributes": attributes, "indices": indices}
     return replace(manifest, tier="far", extra=extra)
 
 

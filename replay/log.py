@@ -334,7 +334,7 @@ class SegmentLog:
         return min(heads, key=lambda entry: entry.born, default=None)
 
     def evict(self, entry: Entry) -> None:
-        """Forget the oldest segment of its origin. The ledger goes first: a crash in between is finished at reopening."""
+        """Forget the oldest segment. The ledger goes first: a crash in between is finished at reopening."""
         if entry.stored.origin == self._index:
             before = self.ledger.evicted_rows, self.ledger.evicted_through
             self.ledger.evicted_rows += entry.rows

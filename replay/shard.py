@@ -20,7 +20,7 @@ from replay.credits import UNLIMITED
 from replay.geometry import choose_geometry
 from replay.layout import StoredSegment
 from replay.log import SegmentLog
-from replay.move import copy_in, held_elsewhere
+from replay.move import copy_in, holders, was_moved
 from replay.segment import SegmentFormat, allow_many_files
 from replay.upkeep import Durability, Stage, Upkeep, flush
 from system.errors import ConfigError, DeadlineError, IntegrityError, PreflightError, RejectedError
@@ -129,6 +129,10 @@ class ReplayShard:
         self._incarnations: dict[int, int] = {}
         for key, cursor in self._log.cursors.items():
             self._saw(key >> 16, cursor.incarnation)
+        for entry in list(self._log.entries()):
+            name = entry.stored.origin, entry.stored.stem
+            if self._log.find(*name) is entry and was_moved(root, index, *name):
+                self._log.evict(entry)
         self._export()
         self._upkeep = Upkeep(
             self._log,
@@ -216,7 +220,8 @@ class ReplayShard:
         Raises: as `move.copy_in`.
         """
         with self._adopting:
-            entry = copy_in(segment, self.directory, self.index, self.table.digest, self._log.format.replay_id)
+            replay_id = self._log.format.replay_id
+            entry = copy_in(segment, self.directory, self.index, self.table.digest, replay_id)
             if entry is None:
                 return 0
             with self._changed:
@@ -236,7 +241,7 @@ class ReplayShard:
             entry = self._log.find(origin, stem)
             if entry is None:
                 raise ConfigError(f"segment {stem} must be the oldest of shard {self.index} to be let go")
-            if not held_elsewhere(self.directory.parent, self.index, origin, stem):
+            if not {*holders(self.directory.parent, origin, stem)} - {self.index}:
                 raise IntegrityError(f"segment {stem} of shard {origin} must be held by another shard first")
             self._log.evict(entry)
             self._export()
