@@ -18,7 +18,9 @@ from system.metrics import Metrics
 log = logging.getLogger(__name__)
 
 GRANT_SECONDS = 0.005
-"""Least time between two rounds of grants."""
+"""Least time between two rounds of grants while no append waits."""
+HASTE_SECONDS = 0.001
+"""The same while one does: taking credit back and giving it to another shard are two rounds."""
 MARK_SECONDS = 1.0
 WINDOW_SECONDS = 60
 PACE_SECONDS = 10
@@ -102,6 +104,10 @@ class WaitBooks:
         self._marks.append(self._now)
         return True
 
+    def begin(self) -> None:
+        """Let the minute begin anew; the seconds go on."""
+        self._marks.clear()
+
     def rate(self) -> float:
         """Rows inserted per second over the last minute or the last PACE_SECONDS, whichever was slower."""
         rates = [
@@ -160,6 +166,7 @@ class Governor:
         self._exhausted_at = -LATE_SECONDS  # when all credit was last used up
         self._metrics = metrics
         self._exported = dict(self.books.seconds)
+        self._rule = (False, limiter.train_ratio)
         self._line = "no experience yet"
         self._report = self._summary()
 
@@ -171,6 +178,9 @@ class Governor:
             self._inserted[shard.index] = shard.inserted
             self._waiting[shard.index] = shard.waiting
         self.limiter.observe(self._tally.count(self._inserted), live, starts)
+        if (rule := (self.limiter.prefilled, self.limiter.train_ratio)) != self._rule:
+            self._rule = rule
+            self.books.begin()  # no ratio is held over a prefill or over two ratios
         if self.limiter.insert_budget() <= self.limiter.inserted:
             self._exhausted_at = now
         waiting = frozenset(self._who_waits(stalled, now))
@@ -184,7 +194,7 @@ class Governor:
         """Send the grants that are due."""
         if now < self._next_grant and not at_once:
             return
-        self._next_grant = now + GRANT_SECONDS
+        self._next_grant = now + (HASTE_SECONDS if self.waiting_rows else GRANT_SECONDS)
         free = self.limiter.insert_budget() - self.limiter.inserted
         self.grants.send(free, self._inserted, self._waiting, now)
 

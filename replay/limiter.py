@@ -165,16 +165,18 @@ class RateLimiter:
         return ratio, tolerance
 
     def adjust(self, *, train_ratio: float | None = None, tolerance_rows: int | None = None) -> None:
-        """Change the band while running. What is owed in inserted rows stays owed; the past is not recounted.
+        """Change the band while running. The past is not recounted: a new ratio begins with the inserted rows
+        that are owed now, as far as they fit the new band.
 
         A tolerance given here is held as it is: the limiter is no longer paced.
         Raises: ConfigError as the constructor and `check_update`, and nothing is changed.
         """
         ratio, tolerance = self.check_adjust(train_ratio=train_ratio, tolerance_rows=tolerance_rows)
-        if self.prefilled and ratio != self.train_ratio:
-            self._rebase(self.error / self.train_ratio)
+        owed, rebase = self.ahead_rows, self.prefilled and ratio != self.train_ratio
         self.train_ratio, self.tolerance_rows = ratio, tolerance
         self.paced = self.paced and tolerance_rows is None
+        if rebase:
+            self._rebase(min(max(owed, -self.band_rows), self.band_rows))
 
     def request(self, *, train_ratio: float | None = None, tolerance_rows: int | None = None) -> None:
         """As `adjust`, from any thread: checked here, taken up by the owner's next `observe`."""
