@@ -4,6 +4,7 @@ Batches are 16 x 65 rows of 64x64x3 images, vectors and everything else a row ha
 
     memory   sampling at --gigabytes and --more-gigabytes in the page cache, against memcpy in turn with it
     uncached sampling with nothing in the page cache, against reading the files from end to end
+    cold     sampling of compressed segments of real Atari frames, against memcpy
     insert   client processes through the real wire into a shard process, acknowledged
     peers    other projects' buffers under the same load, in an environment of their own
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from bench.load import Row
 
-PARTS = ("memory", "uncached", "insert", "peers")
+PARTS = ("memory", "uncached", "cold", "insert", "peers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,11 @@ def _part(part: str, options: argparse.Namespace) -> Iterator[Row]:
 
         with _folder(options) as name:
             yield from cache_rows(Path(name), gigabytes, rounds=3)
+    elif part == "cold":
+        from bench.replay_cold import cold_rows
+
+        with _folder(options) as name:
+            yield from cold_rows(Path(name), min(gigabytes, 1.0), seconds)
     elif part == "insert":
         from bench.replay_inserts import TABLES, insert_row
 
