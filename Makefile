@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "== setup: $$($(PYTHON) --version) in .venv, pinned by constraints.txt (minutes; log: $(LOG))"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	@# torch goes first and alone: a wheel the machine's pip settings offer (CPU or CUDA) then satisfies all that follows.
-	@for what in "$(TORCH)" "-e .[dev]"; do \
+	@for what in "$(TORCH)" "-e .[dev,datasets]"; do \
 		echo "pip install $$what"; \
 		$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
 			$$what -c constraints.txt >>$(LOG) 2>&1 || { \

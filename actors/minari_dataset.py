@@ -245,7 +245,8 @@ def action_spec_of(name: str, space: spaces.Space[Any]) -> ActionSpec:
 def _bounds(space: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Centre and half width of a Box, flat [A]."""
     low, high = (np.asarray(end, np.float64).reshape(-1) for end in (space.low, space.high))
-    return (low + high) / 2, (high - low) / 2
+    with np.errstate(invalid="ignore"):  # of open ends, which the caller refuses
+        return (low + high) / 2, (high - low) / 2
 
 
 def _native_actions(spec: ActionSpec, rows: Array) -> Array:
