@@ -111,7 +111,7 @@ class _Followed:
 
         A slot with damage is read up to there and no further, whatever is appended to it.
         """
-        lost = int((seen - good).sum())
+        lost = int(np.maximum(seen - good, 0).sum())  # more may be good than were seen: it grew meanwhile
         if lost:
             self.limit = np.where(good < seen, good, self.home.slot_rows)
         return lost

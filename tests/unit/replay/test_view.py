@@ -15,6 +15,7 @@ import pytest
 from replay import follow, layout, seal, synthetic
 from replay.catalog import Catalog
 from replay.cold import plan_codecs, write_cold
+from replay.follow import MappedShard
 from replay.index import StartIndex
 from replay.raw import open_raw
 from replay.rows import Home, RowViews
@@ -262,6 +263,28 @@ def test_what_is_not_vetted_yet_is_not_drawn(tmp_path: Path, monkeypatch: pytest
     assert view.unvetted == 0
     assert check_rows(view.index) == 600
     view.release()
+
+
+def test_rows_appended_while_their_segment_is_vetted_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "AT_ONCE_NBYTES", 0)
+    monkeypatch.setattr(layout, "read_verified", lambda _: None)
+    owner = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
+    append(owner, 0, 30)
+    vetting, release = Vetting(), threading.Event()
+    vetting.submit(99, lambda: np.full(1, release.wait(10.0), np.int64))
+    index: StartIndex[Home] = StartIndex(5)
+    shard = MappedShard(layout.shard_dir(tmp_path, 0), 0, TABLE, vetting)
+    shard.refresh(index)
+    assert (shard.unvetted, index.rows) == (1, 0)
+    append(owner, 30, 20)
+    release.set()
+    assert vetting.settle(10.0)
+    shard.refresh(index)
+    assert (shard.unvetted, check_rows(index)) == (0, 50)
+    shard.release(index)
+    owner.close()
 
 
 def test_the_newest_segments_are_vetted_first() -> None:
