@@ -129,6 +129,9 @@ def audit_replay(root: Path) -> ReplayBooks:
             lowest += runs[0].position if runs else top
             live += sum(run.count for run in runs)
             findings += _check_positions(shard.name, stream, runs)
+            if runs and (short := top - runs[-1].position - runs[-1].count):
+                what = f"the ledger knows {top} rows, the newest here is {top - short - 1}"
+                findings.append(_finding("missing", shard.name, stream, what, short))
             whole_from[stream] = _whole_from(runs, top)
             findings += _check_stream(shard.name, stream, runs, table, rows)
         inserted += counted
