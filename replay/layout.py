@@ -13,6 +13,8 @@
 <root>/shard-0000/quarantine/          damaged segments, each <name>-<reason>
 <root>/shard-0000/from-0001/           segments adopted from shard 1, same names; rows keep their identity
 <root>/shard-0000/.scratch/            unfinished and evicted segments; emptied when the owner opens
+<root>/pins/                           what checkpoints hold on to (`replay.pins`)
+<root>/.trash/                         what a restore took out (`replay.restore`), being deleted
 """
 
 from __future__ import annotations
