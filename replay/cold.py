@@ -31,6 +31,7 @@ from replay.chunk_codec import LEVEL, SCRATCH, Bytes, Codec, choose, trial_chunk
 from replay.chunked import TieredRows, WideColumn, chunk_of, read_index, write_chunks
 from replay.cut import segment_key
 from replay.overlay import MappedOverlay, map_file, map_rows
+from replay.quarantine import report_damage
 from replay.rows import RowsGone, RowViews
 from replay.segment import CHUNK_ROWS, Geometry, Segment, data_path
 from replay.vetting import sealed_rows
@@ -234,23 +235,6 @@ def _other_table(path: Path, schema: str, table: TableSpec) -> SchemaError:
     )
 
 
-SUSPECTS = "suspects"
-"""Directory in a shard where readers leave the names of segments that failed a check."""
-
-
-def report_damage(segment: Path, why: str) -> None:
-    """Ask the owner of the shard to verify a segment; a reader that may not write there only logs it."""
-    note = segment.parent / SUSPECTS / segment.name
-    if note.exists():
-        return
-    log.warning("replay chunk damaged", extra={"segment": str(segment), "why": why})
-    try:
-        note.parent.mkdir(exist_ok=True)
-        note.write_text(why + "\n")
-    except OSError as error:
-        log.warning("damage not reported", extra={"segment": str(segment), "cause": error.strerror})
-
-
 class ColdSegment:
     """Home of the rows of a compressed segment on this node; row r of slot s is row s * slot_rows + r."""
 
@@ -310,6 +294,8 @@ class ColdSegment:
 
     def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
         """As SegmentHome."""
+        if mend:
+            self.overlay.mend(self.committed, self.slot_rows)
         return sealed_rows(self.path, self.committed)
 
     def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:

@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from replay import layout, seal
 from replay.chunk_codec import SCRATCH, Bytes
 from replay.chunked import TieredRows, WideColumn, read_index
-from replay.cold import About, report_damage, sync, sync_tree
+from replay.cold import About, sync, sync_tree
 from replay.cut import segment_key
 from replay.object_store import ObjectStore, StoreError, open_store
 from replay.overlay import MappedOverlay, map_rows
+from replay.quarantine import report_damage
 from replay.read_ahead import ReadAhead, shared_read_ahead
 from replay.rows import RowsGone, RowViews
 from replay.segment import CHUNK_ROWS, data_path
@@ -255,6 +256,8 @@ class FarSegment:
 
     def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
         """As SegmentHome: chunks are checked as they arrive, so only the manifest is looked at."""
+        if mend:
+            self.overlay.mend(self.committed, self.slot_rows)
         return sealed_rows(self.path, self.committed)
 
     def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:

@@ -22,6 +22,7 @@ from replay.catalog import Catalog
 from replay.cold import ColdSegment
 from replay.far import FarSegment
 from replay.index import Run, StartIndex
+from replay.quarantine import report_damage
 from replay.raw import open_raw
 from replay.rows import Home, SegmentHome
 from replay.vetting import Verdict, Vetting, judge
@@ -347,6 +348,8 @@ class MappedShard:
         reason = {IntegrityError: "damaged", SchemaError: "schema"}.get(type(error), "unreadable")
         if reason != "unreadable":  # what the system refused now may be granted later
             self._skipped.add(path)
+        if reason == "damaged" and self.alive:
+            report_damage(path, str(error))
         log.warning("replay segment skipped", extra={"segment": str(path), "why": str(error)})
         self._count("replay_segments_skipped_total", 1, reason=reason)
 

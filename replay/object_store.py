@@ -23,9 +23,9 @@ from system.errors import ConfigError, InfrastructureError
 SCHEMES = ("s3", "gs", "az", "file", "memory")
 CONNECT_SECONDS = 5
 REQUEST_SECONDS = 30
-RETRIES = 6
-RETRY_SECONDS = 60
-"""No operation takes longer than this with all its retries."""
+RETRIES = 5
+RETRY_SECONDS = 15
+"""Nothing is tried again later than this after the first try."""
 
 
 class StoreError(InfrastructureError):
@@ -118,7 +118,7 @@ def open_store(url: str) -> ObjectStore:
                 "retry_timeout": timedelta(seconds=RETRY_SECONDS),
                 "backoff": {
                     "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=10),
+                    "max_backoff": timedelta(seconds=4),
                     "base": 2,
                 },
             },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ from replay.checks import CHECK, OverlayCheck
 from replay.segment import CHUNK_ROWS, Geometry, data_path
 from system.errors import IntegrityError, PreflightError
 from system.specs import ArraySpec, TableSpec
+
+log = logging.getLogger(__name__)
 
 
 def map_file(path: Path, nbytes: int | None = None, *, writable: bool = False) -> mmap.mmap:
@@ -57,7 +60,7 @@ class MappedOverlay:
 
     def __init__(self, segment: Path, table: TableSpec, geometry: Geometry) -> None:
         """Map the overlay beside `segment`, whatever its tier. Raises: as `map_file`."""
-        group = layout.overlay_path(segment)
+        self._group = group = layout.overlay_path(segment)
         self.columns: dict[str, NDArray[Any]] = {
             name: map_rows(data_path(group, name, 2 + len(spec.shape)), spec, geometry.total, writable=True)
             for name, spec in table.overlay.items()
@@ -79,3 +82,13 @@ class MappedOverlay:
         self.columns[name][rows] = values
         self.check[rows] = self._sum.of(self.columns, rows.start, rows.stop)
         return len(values)
+
+    def mend(self, committed: NDArray[np.int64], slot_rows: int) -> None:
+        """Reset committed rows whose checksum fails to zeros, the initial latents. `committed` is [S]."""
+        live = (np.arange(slot_rows) < committed[:, None]).reshape(-1)
+        bad = np.flatnonzero(live & (self._sum.of(self.columns, 0, len(self.check)) != self.check))
+        if not len(bad):
+            return
+        for array in (*self.columns.values(), self.check):
+            array[bad] = 0
+        log.warning("overlay rows reset", extra={"overlay": str(self._group), "rows": len(bad)})

@@ -13,6 +13,8 @@ from replay import layout
 from system.metrics import Metrics
 
 log = logging.getLogger(__name__)
+SUSPECTS = "suspects"
+"""Directory in a shard where readers leave the names of segments that failed a check."""
 KEEP = 8
 """Segments kept in quarantine; older ones are deleted."""
 
@@ -57,3 +59,29 @@ def _forget_oldest(place: Path) -> None:
     for path in quarantined(place.parent)[: -(KEEP - 1)]:
         stem = path.name.split(".")[0]
         layout.remove([path, *place.glob(f"{stem}.overlay.zarr-*")])
+
+
+def report_damage(segment: Path, why: str) -> None:
+    """Ask the owner of the shard to look at a segment; a reader that may not write there only logs it."""
+    note = segment.parent / SUSPECTS / segment.name
+    if note.exists():
+        return
+    log.warning("replay chunk damaged", extra={"segment": str(segment), "why": why})
+    try:
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(why + "\n")
+    except OSError as error:
+        log.warning("damage not reported", extra={"segment": str(segment), "cause": error.strerror})
+
+
+def damage_reports(directory: Path) -> list[tuple[Path, str]]:
+    """The segments that readers reported, with what they said; the reports are taken away."""
+    found: list[tuple[Path, str]] = []
+    try:
+        notes = sorted((directory / SUSPECTS).iterdir())
+    except FileNotFoundError:
+        return found
+    for note in notes:
+        found.append((directory / note.name, note.read_text(errors="replace").strip()))
+        note.unlink(missing_ok=True)
+    return found

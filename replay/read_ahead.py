@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ CACHE_NBYTES = 256 << 20
 MOST_WAITING = 1024
 """Ranges asked for and not yet here; hints beyond are dropped."""
 WAIT_SECONDS = 30.0
+DOWN_SECONDS = 5.0
+"""A store that failed with all its retries is left alone for so long: other rows are drawn instead."""
 SPAN_NBYTES = 8 << 20
 """Neighbouring chunks up to this size are fetched by one request."""
 
@@ -62,6 +65,7 @@ class ReadAhead:
         self.hits = 0  # chunks that were asked for ahead, here or on their way
         self.misses = 0
         self.dropped = 0  # hints beyond the bound
+        self._down: dict[str, float] = {}  # by store: do not ask before, monotonic
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +75,8 @@ class ReadAhead:
     def want(self, store: ObjectStore, key: str, chunks: Iterable[tuple[int, int]]) -> None:
         """Begin to fetch chunks (offset, size) of an object, ascending; returns at once."""
         with self._lock:
+            if time.monotonic() < self._down.get(store.url, 0.0):
+                return
             missing = [(o, n) for o, n in chunks if (store.url, key, o) not in self._entries]
             for span in _spans(missing):
                 if self._waiting >= self._most_waiting:
@@ -88,12 +94,14 @@ class ReadAhead:
             entry = self._entries.get(place)
             if entry is None:
                 self.misses += 1
+                if time.monotonic() < self._down.get(store.url, 0.0):
+                    raise StoreError(f"{store.url} failed a moment ago; {key} is not asked for")
             else:
                 self.hits += 1
                 self._entries.move_to_end(place)
         if entry is None:  # not through the pool, where it would wait behind the hints
             span: Future[memoryview] = Future()
-            span.set_result(store.get_range(key, offset, offset + size))
+            span.set_result(self._get(store, key, offset, offset + size))
             entry = _Entry(span, 0, size)
             with self._lock:
                 self._keep(place, entry)
@@ -120,10 +128,17 @@ class ReadAhead:
         """Stop fetching."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def _get(self, store: ObjectStore, key: str, start: int, stop: int) -> memoryview:
+        try:
+            return store.get_range(key, start, stop)
+        except StoreError:
+            self._down[store.url] = time.monotonic() + DOWN_SECONDS
+            raise
+
     def _submit(self, store: ObjectStore, key: str, span: list[tuple[int, int]]) -> None:
         """Under the lock: fetch one range of chunks in the background."""
         first, (last, size) = span[0][0], span[-1]
-        future = self._pool.submit(store.get_range, key, first, last + size)
+        future = self._pool.submit(self._get, store, key, first, last + size)
         self._waiting += 1
         for offset, n in span:
             self._keep((store.url, key, offset), _Entry(future, offset - first, n))

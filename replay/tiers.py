@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from replay import layout, seal
-from replay.cold import plan_codecs, report_damage, write_cold
+from replay.cold import plan_codecs, write_cold
 from replay.cut import segment_key
 from replay.far import FarShelf, write_far
 from replay.layout import StoredSegment
 from replay.ledger import read_ledger
 from replay.object_store import StoreError, open_store
 from replay.pins import pinned_keys
-from replay.quarantine import quarantined
+from replay.quarantine import quarantined, report_damage
 from replay.segment import Segment
 from replay.upkeep import Stage
 from system.errors import ConfigError, IntegrityError

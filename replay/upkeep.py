@@ -18,6 +18,7 @@ from replay import layout, seal
 from replay.holes import release_unused
 from replay.layout import StoredSegment
 from replay.log import SegmentLog
+from replay.quarantine import damage_reports
 from replay.recovery import Entry, bytes_on_disk, describe
 from replay.seal import Damage
 from replay.segment import Segment
@@ -135,6 +136,8 @@ class Upkeep:
         if frozen is not None:
             self._seal(frozen)
             return True
+        if self._look_at_suspects():
+            return True
         self._vouch()
         return self._stage() or self._scrub()
 
@@ -163,6 +166,24 @@ class Upkeep:
                 entry.verified = True
             else:
                 self._log.lose(entry, damage.reason, damage.what)
+
+    def _look_at_suspects(self) -> bool:
+        """Verify a segment of which a reader says that a chunk failed its check; False when there is none."""
+        with self._lock:
+            entries = {entry.path: entry for entry in self._log.entries()}
+        for place in {path.parent for path in entries}:
+            for path, why in damage_reports(place):
+                entry = entries.get(path)
+                if entry is None:
+                    continue
+                if entry.stored.tier == "far":  # its chunks are not here, and failed twice on arrival
+                    with self._lock:
+                        if self._log.holds(entry):
+                            self._log.lose(entry, "checksum", why)
+                else:
+                    self._verify(entry)
+                return True
+        return False
 
     def _seal(self, entry: Entry) -> None:
         segment = entry.segment

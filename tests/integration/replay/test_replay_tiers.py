@@ -19,7 +19,9 @@ from replay import layout, synthetic
 from replay.far import FarShelf
 from replay.limiter import RateLimiter
 from replay.object_store import open_store
+from replay.quarantine import quarantined
 from replay.reader import LocalReader
+from replay.segment import data_path
 from replay.shard import ReplayShard
 from replay.tiers import stages_of
 from system.experience import Chunk, Columns, StreamId
@@ -181,6 +183,29 @@ def test_evicting_deletes_the_objects(tmp_path: Path, bucket: str) -> None:
     assert there == after
     kept = {path.name.split(".")[0] for path in layout.shard_dir(tmp_path, 0).glob("*.kept")}
     assert {f"0000-{stem}" for stem in kept} == after
+    shard.close()
+
+
+@pytest.mark.parametrize("tier", ["cold", "far"])
+def test_damage_met_by_a_reader_is_taken_out_by_the_owner(tmp_path: Path, bucket: str, tier: str) -> None:
+    shard = open_shard(tmp_path, bucket)
+    fill(shard, 0, 800)
+    assert shard.settle(60.0)
+    segments = [s for s in shard.sealed() if s.tier == tier]
+    if tier == "cold":
+        data = data_path(segments[0].path, "image", 5)
+        spoiled = bytearray(data.read_bytes())
+        spoiled[20::64] = bytes(len(spoiled[20::64]))
+        data.write_bytes(spoiled)
+    else:
+        store = open_store(bucket)
+        (key,) = [k for k in store.keys("shard-0000") if f"{segments[0].stem}.cold.zarr/image/c/" in k]
+        store.put(key, bytes(len(store.get(key))))
+    draw(tmp_path, 40)
+    assert shard.settle(60.0)
+    assert segments[0].stem not in [s.stem for s in shard.sealed()]
+    assert len(quarantined(shard.directory)) == 1
+    draw(tmp_path, 10)
     shard.close()
 
 

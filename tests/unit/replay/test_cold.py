@@ -10,6 +10,7 @@ import zarr
 
 from replay import chunk_codec, cold, layout, seal, synthetic
 from replay.batches import BatchBuffer
+from replay.quarantine import SUSPECTS
 from replay.raw import MappedSegment
 from replay.rows import RowsGone
 from replay.segment import CHUNK_ROWS, Segment, data_path
@@ -94,7 +95,7 @@ def test_no_flipped_byte_of_a_chunk_reaches_a_batch(
             wanted = segment.columns["image"].reshape(-1, 16, 16, 3)[first : first + 65]
             np.testing.assert_array_equal(buffer.columns["image"][0], wanted)
         assert gone > 0
-        assert "crc32c" in (shard / cold.SUSPECTS / path.name).read_text()
+        assert "crc32c" in (shard / SUSPECTS / path.name).read_text()
         assert [damage.reason for damage in seal.verify(path)] == ["checksum"]
 
 
@@ -138,6 +139,20 @@ def test_latents_written_to_a_cold_segment_are_read_back_and_checked(
     home.copy_rows(buffer.sequences[0], 0, 55, 20)
     np.testing.assert_array_equal(buffer.columns["latent"][0, 5:15], values)
     np.testing.assert_array_equal(segment.overlay["latent"][0, 60:70], values)
+    assert segment.mend_overlay() == 0
+
+
+def test_a_torn_latent_is_reset_when_nobody_else_looks_after_it(
+    shard: Path, sealed_segment: MakeSegment, make_cold: MakePath
+) -> None:
+    segment = sealed_segment(shard)
+    home = cold.ColdSegment(make_cold(shard, segment), TABLE)
+    home.write_overlay("latent", 60, np.ones((3, 8), np.uint16))
+    segment.overlay["latent"][0, 61, 2] = 5
+    np.testing.assert_array_equal(home.good_rows(mend=False), USED)
+    assert segment.overlay["latent"][0, 61, 2] == 5
+    home.good_rows(mend=True)
+    np.testing.assert_array_equal(segment.overlay["latent"][0, 60:63, 2], [1, 0, 1])
     assert segment.mend_overlay() == 0
 
 

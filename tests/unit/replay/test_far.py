@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import zarr
 
-from replay import cold, far, layout, seal, synthetic
+from replay import far, layout, seal, synthetic
 from replay.batches import BatchBuffer
 from replay.object_store import ObjectStore, StoreError, open_store
+from replay.quarantine import SUSPECTS
 from replay.raw import MappedSegment
 from replay.read_ahead import ReadAhead
 from replay.rows import RowsGone
@@ -134,7 +135,7 @@ def test_no_damaged_object_reaches_a_batch(
             home.will_need(0, 65)
         with pytest.raises(RowsGone):
             home.copy_rows(buffer.sequences[0], 0, 0, 65)
-    assert (shard / cold.SUSPECTS / path.name).exists() == (harm is spoil_chunk)
+    assert (shard / SUSPECTS / path.name).exists() == (harm is spoil_chunk)
 
 
 class NoisyOnce(ObjectStore):
@@ -164,6 +165,32 @@ def test_damage_on_the_way_costs_one_more_request(
     raw.copy_rows(wanted.sequences[0], 0, 0, 10)
     np.testing.assert_array_equal(buffer.columns["image"], wanted.columns["image"])
     assert noisy.requests == 2
+
+
+class Down(ObjectStore):
+    """A store that answers no read."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.url = store.url
+        self.requests = 0
+
+    def get_range(self, key: str, start: int, stop: int) -> memoryview:
+        self.requests += 1
+        raise StoreError("no route")
+
+
+def test_a_store_that_is_down_is_not_waited_for_again_and_again(
+    store: ObjectStore, ahead: ReadAhead, sealed_segment: MakeSegment, make_far: MakePath, shard: Path
+) -> None:
+    down = Down(store)
+    home = far.FarSegment(make_far(sealed_segment(shard), store), TABLE, store=down, ahead=ahead)
+    buffer = BatchBuffer(TABLE.all, 1, 65)
+    for first in (0, 64, 128):
+        with pytest.raises(RowsGone):
+            home.copy_rows(buffer.sequences[0], 0, first, 65)
+        home.will_need(first, 65)
+    assert down.requests == 1
+    assert ahead.nbytes == 0
 
 
 def test_an_upload_of_a_damaged_segment_is_refused(
