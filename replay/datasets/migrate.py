@@ -20,7 +20,7 @@ from replay.admission import stream_of
 from replay.datasets.episodes import Tally
 from replay.datasets.inference import Casts
 from replay.datasets.ingest import APPEND_SECONDS, LEAST_CAPACITY, Progress, quiet
-from replay.datasets.table import GONE, HEADLESS, blocks
+from replay.datasets.table import GONE, HEADLESS, blocks, open_settled
 from replay.datasets.whole import whole
 from replay.shard import ReplayShard
 from replay.view import TableView
@@ -66,7 +66,7 @@ def migrate(
     found, _ = layout.read_table(source)
     wanted = migrated(found, casts, drop)
     tally = Tally()
-    view = TableView(source, found, 1)
+    view = open_settled(source, found)
     try:
         capacities = {shard.index: shard.capacity() for shard in view.views}
         with whole(target) as draft:

@@ -21,13 +21,15 @@ from replay.datasets.episodes import About, Episode, Tally, about_table
 from replay.index import StreamRuns
 from replay.rows import Home, RowsGone, RowViews
 from replay.view import TableView
-from system.errors import SchemaError
-from system.specs import ActionSpec
+from system.errors import DeadlineError, SchemaError
+from system.specs import ActionSpec, TableSpec
 
 BLOCK_BYTES = 16 << 20
 MAX_BLOCK_ROWS = 4096
 MAX_EPISODE_BYTES = 4 << 30
 """An episode must fit in memory; a longer one is refused by name."""
+
+SETTLE_SECONDS = 3600.0
 
 HEADLESS, OPEN, GONE = "episode without its beginning", "episode without its end", "evicted while read"
 Rows = dict[str, NDArray[Any]]
@@ -46,7 +48,7 @@ class TableEpisodes:
         self.about: About = about_table(name, self._table, action)
         self.root = root
         self._cut_open = cut_open
-        self._view = TableView(root, self._table, 1)
+        self._view = open_settled(root, self._table)
         self.tally = Tally()
 
     @property
@@ -123,6 +125,20 @@ class TableEpisodes:
                 f"{name}: an episode of more than {_count(pending)} rows ({nbytes >> 20} MiB) must fit into "
                 f"{MAX_EPISODE_BYTES >> 20} MiB; give the environment a time limit"
             )
+
+
+def open_settled(root: Path, table: TableSpec) -> TableView:
+    """All rows of a table, after their checksums were looked at where nobody alive vouches for them.
+
+    Raises: DeadlineError when that takes too long; as `TableView`.
+    """
+    view = TableView(root, table, 1)
+    if not view.settle(SETTLE_SECONDS):
+        view.release()
+        raise DeadlineError(
+            f"the rows of {root} were not checked within {SETTLE_SECONDS:g} s; check its disk, then try again"
+        )
+    return view
 
 
 def blocks(view: TableView, runs: StreamRuns[Home], lo: int, hi: int) -> Iterator[Rows | int]:

@@ -86,6 +86,16 @@ def test_a_live_table_is_read_while_it_grows(shard: ReplayShard, tmp_path: Path)
     assert len(episodes(tmp_path / "replay")) == 4 + 10 + 2
 
 
+def test_a_table_larger_than_what_is_checked_at_once_comes_out_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replay.follow.AT_ONCE_NBYTES", 4096)
+    made = ReplayShard(tmp_path / "r", 0, TABLE, capacity_rows=4096, segment_rows=256)
+    made.append([chunk(StreamId(actor=0, env=0), 0, 3000)], 5.0)
+    made.close()
+    assert sum(map(len, episodes(tmp_path / "r"))) == 3000
+
+
 def test_running_episodes_are_left_out_or_cut(shard: ReplayShard, tmp_path: Path) -> None:
     source = TableEpisodes(tmp_path / "replay", "synthetic", ACTIONS)
     whole_ones = list(source)
