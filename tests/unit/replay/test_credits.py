@@ -55,7 +55,8 @@ def test_credit_is_given_to_others_only_when_its_holder_has_heard_of_it() -> Non
     one, other = FarShard(), FarShard()
     splitter = GrantSplitter([one, other])
     splitter.send(100, {0: 0, 1: 0}, {}, now=0.0)
-    one.deliver(), other.deliver()
+    one.deliver()
+    other.deliver()
     assert (one.believes, other.believes) == (50, 50)
     for now in (0.01, 0.02):
         splitter.send(100, {0: 0, 1: 0}, {1: 80}, now)
@@ -118,7 +119,8 @@ def test_a_shard_that_leaves_gives_its_credit_back_first() -> None:
     stays, leaves = FarShard(), FarShard()
     splitter = GrantSplitter([stays, leaves])
     splitter.send(100, {0: 0, 1: 0}, {}, now=0.0)
-    stays.deliver(), leaves.deliver()
+    stays.deliver()
+    leaves.deliver()
     splitter.leave(1)
     assert splitter.shards == [0]
     splitter.send(95, {0: 0, 1: 5}, {}, now=0.1)
