@@ -1,5 +1,6 @@
 """Rows of an older schema under a newer one: defaults, ignored columns, refusals, migration."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from replay import layout, synthetic
+from replay import cold, layout, synthetic
 from replay.datasets.migrate import migrate
 from replay.datasets.table import TableEpisodes
+from replay.evolve import ForeignHome
 from replay.offline import OfflineLedger
+from replay.raw import MappedSegment
 from replay.reader import LocalReader
 from replay.rows import RowViews
 from replay.schema import obstacles
+from replay.segment import Segment
 from replay.shard import ReplayShard
 from replay.view import TableView
 from system.errors import ConfigError, RejectedError, SchemaError
@@ -223,3 +227,22 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
             tmp_path / "own", OLD, batch=4, length=8, context=1, seed=0, limiter=OfflineLedger(), controls=[],
             sources={"video": (tmp_path / "nowhere", 1.0)},
         )  # fmt: skip
+
+
+def test_compressed_segments_are_read_under_a_newer_schema_too(
+    tmp_path: Path, sealed_segment: Callable[..., Segment], make_cold: Callable[..., Path]
+) -> None:
+    table = synthetic.image_table(16)
+    directory = layout.shard_dir(tmp_path, 0)
+    segment = sealed_segment(directory)
+    raw, packed = MappedSegment(segment), cold.ColdSegment(make_cold(directory, segment), table)
+    wanted = with_columns(without(table, "vector"), wide=WIDE, mood=SCALAR)
+    found: list[dict[str, Any]] = []
+    for home in (raw, packed):
+        made = {k: np.zeros((200, *s.shape), s.dtype) for k, s in wanted.all.items()}
+        ForeignHome(home, table, wanted).copy_rows(RowViews(made), 7, 30, 150)
+        found.append(made)
+    for key, values in found[0].items():
+        assert np.array_equal(values, found[1][key]), key
+    assert np.array_equal(found[1]["image"][7:157], segment.columns["image"][0, 30:180])
+    assert (found[1]["wide"][7:157] == np.float32(0.25)).all()
