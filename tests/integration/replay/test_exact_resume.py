@@ -27,6 +27,7 @@ from replay.limiter import RateLimiter
 from replay.pins import PinStore
 from replay.reader import LocalReader
 from replay.restore import restore_exact
+from replay.selection import Sampling
 from replay.shard import ReplayShard
 from system.experience import Chunk
 from system.params.memory import MemoryWeights
@@ -39,6 +40,7 @@ ENVS, CHUNK = 3, 16
 ENV = make_env("toy:counter", ENVS, options=OPTIONS).spec
 TABLE = TableSpec.of(ENV, overlay_columns("dreamer", CONFIG, ENV))
 SAVED, LAST = 4, 9
+MIXED = Sampling(shares={"uniform": 1, "online": 1, "recency": 1, "prioritized": 1})
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +74,7 @@ class Life:
         self.held.callback(self.shard.close)
         self.pins = PinStore(replay, hold=True)
         self.held.callback(self.pins.close)
-        self.agent = make_agent("dreamer", CONFIG, ENV, device="cpu", seed=7)
+        self.agent = make_agent("dreamer", CONFIG, ENV, device="cpu", seed=7, priority_signal="model")
         self._depth, self._replay, self._root = depth, replay, root
 
     def learn(self) -> Iterator[LearnerTick]:
@@ -80,8 +82,9 @@ class Life:
         reader = self.held.enter_context(
             closing(
                 LocalReader(
-                    self._replay, TABLE, batch=2, length=8, context=1, seed=3, limiter=limiter,
-                    controls=[self.shard], ring=self._depth + 2, before_overwrite=self.pins.before,
+                    self._replay, TABLE, batch=4, length=8, context=1, seed=3, limiter=limiter,
+                    controls=[self.shard], sampling=MIXED, ring=self._depth + 2,
+                    before_overwrite=self.pins.before,
                 )
             )
         )  # fmt: skip

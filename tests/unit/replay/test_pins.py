@@ -3,22 +3,27 @@
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from replay import synthetic
+from replay import layout, synthetic
 from replay.cut import Cut, take_cut
 from replay.limiter import RateLimiter
 from replay.pins import HELD, PINS, PinStore, pins_of
 from replay.reader import LocalReader
 from replay.restore import TRASH, empty_trash, restore_exact
+from replay.selection import Sampling
 from replay.shard import ReplayShard
+from replay.tiers import stages_of
 from system.errors import IntegrityError, PreflightError
-from system.experience import Sequence, StreamId, WriteBack
+from system.experience import Chunk, Sequence, StreamId, WriteBack
+from system.specs import TableSpec
 
 TABLE = synthetic.vector_table()
+WIDE = synthetic.vector_table(256)
 CAPACITY = 2048
 
 
@@ -30,17 +35,18 @@ def insert(shard: ReplayShard, start: int, count: int, env: int = 0) -> None:
     shard.append([synthetic.rows(TABLE, StreamId(actor=0, env=env), start, count)], 10.0)
 
 
-def make_reader(root: Path, pins: PinStore | None = None) -> LocalReader:
+def make_reader(root: Path, pins: PinStore | None = None, table: TableSpec = TABLE) -> LocalReader:
     limiter = RateLimiter(train_ratio=1e6, prefill_rows=64, tolerance_rows=1 << 20, min_rows=16)
     return LocalReader(
         root,
-        TABLE,
+        table,
         batch=4,
         length=8,
         context=1,
         seed=5,
         limiter=limiter,
         controls=[],
+        sampling=Sampling(shares={"uniform": 1, "online": 1, "recency": 1, "prioritized": 1}),
         before_overwrite=pins.before if pins else None,
     )
 
@@ -52,7 +58,10 @@ def train(reader: LocalReader, updates: int) -> list[dict[str, np.ndarray]]:
         sequence = reader.sample(10.0)
         batches.append(copied(sequence))
         latent = sequence.columns["latent"][:, 1:] * np.uint16(3) + np.uint16(7)
-        reader.write_back(WriteBack(ids=sequence.ids, offset=1, columns={"latent": latent}))
+        priority = latent[:, :, 0].astype(np.float32)
+        reader.write_back(
+            WriteBack(ids=sequence.ids, offset=1, columns={"latent": latent}, priority=priority)
+        )
     return batches
 
 
@@ -129,7 +138,7 @@ def test_exact_restore_brings_back_rows_and_latents_bit_for_bit(tmp_path: Path, 
         insert(shard, 0, 1500)
         with closing(make_reader(tmp_path, pins)) as reader:
             train(reader, 10)
-            state = reader.state()
+            state = deepcopy(reader.state())
             cut = pins.take("000001-10")
             straight = train(reader, 10)
             insert(shard, 1500, 4000)  # everything of the cut is evicted
@@ -172,7 +181,7 @@ def test_a_restore_goes_back_past_a_newer_pin_and_past_a_save_that_failed(
     with closing(open_shard(tmp_path)) as shard:
         insert(shard, 0, 600)
         with closing(make_reader(tmp_path, pins)) as reader:
-            state = reader.state()
+            state = deepcopy(reader.state())
             cut = pins.take("000001-0")
             straight = train(reader, 6)
             pins.take("000002-6")  # its checkpoint was never published
@@ -203,3 +212,50 @@ def test_a_restore_under_an_open_shard_is_refused(tmp_path: Path, pins: PinStore
         cut = Cut.from_json(pins.take("000001-1"))
         with pytest.raises(PreflightError, match="owned by process"):
             restore_exact(tmp_path, "000001-1", cut)
+
+
+def flat_rows(start: int, count: int) -> Chunk:
+    """Rows whose wide column compresses."""
+    chunk = synthetic.rows(WIDE, StreamId(actor=0, env=0), start, count)
+    return Chunk(stream=chunk.stream, columns=chunk.columns | {"vector": np.zeros((count, 256), np.float32)})
+
+
+def tiers_of(root: Path) -> set[str]:
+    return {segment.tier for segment in layout.stored_segments(layout.shard_dir(root, 0))}
+
+
+def open_tiered(root: Path, far: Path | None) -> ReplayShard:
+    stages = stages_of(
+        layout.shard_dir(root, 0), 0, WIDE, compress=True, cold_after=2,
+        far=f"file://{far}" if far else None, far_after=4,
+    )  # fmt: skip
+    return ReplayShard(root, 0, WIDE, capacity_rows=CAPACITY, segment_rows=128, stages=stages)
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["cold", "far"])
+def test_a_pin_holds_segments_of_every_tier(tmp_path: Path, pins: PinStore, far: bool) -> None:
+    store = tmp_path.with_name(f"{tmp_path.name}-store") if far else None
+    if store is not None:
+        store.mkdir()
+    with closing(open_tiered(tmp_path, store)) as shard:
+        shard.append([flat_rows(0, 1500)], 10.0)
+        assert shard.settle(30.0)
+        tiers = tiers_of(tmp_path)
+        assert tiers == ({"raw", "cold", "far"} if far else {"raw", "cold"})
+        with closing(make_reader(tmp_path, pins, WIDE)) as reader:
+            assert reader.settle(10.0)
+            train(reader, 6)
+            state = deepcopy(reader.state())
+            cut = Cut.from_json(pins.take("000001-6"))
+            straight = train(reader, 6)
+            shard.append([flat_rows(1500, 4000)], 10.0)
+            assert shard.settle(30.0)  # what is evicted here would go from the store as well
+            train(reader, 6)
+    assert restore_exact(tmp_path, "000001-6", cut).returned == len(cut.shards[0].segments)
+    assert tiers_of(tmp_path) == tiers
+    with closing(ReplayShard(tmp_path, 0, WIDE, capacity_rows=CAPACITY, segment_rows=128)) as shard:
+        assert shard.settle(30.0)
+        with closing(make_reader(tmp_path, None, WIDE)) as reader:
+            assert reader.settle(10.0)
+            reader.load(state)
+            assert_same(train(reader, 6), straight)
