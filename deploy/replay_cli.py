@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from deploy import dataset_cli
+from deploy import dataset_cli, inventory_cli
 from deploy.limit_cli import limit
 
 
@@ -13,6 +13,6 @@ def replay() -> None:
     """Look into stored experience, and move it in and out as datasets."""
 
 
-for _command in dataset_cli.COMMANDS:
+for _command in (*inventory_cli.COMMANDS, *dataset_cli.COMMANDS):
     replay.add_command(_command)
 replay.add_command(limit)

@@ -51,6 +51,11 @@ class Cursor:
     torn: bool = False
 
     @classmethod
+    def unknown(cls, position: int) -> Cursor:
+        """Of a stream that had rows before `position`, all lost: it may go on anywhere."""
+        return cls(position=position, incarnation=-1, episode=0, step=-1, is_last=False, torn=True)
+
+    @classmethod
     def after(cls, columns: Columns, row: int, position: int) -> Cursor:
         """Cursor behind `row` of `columns` [T, ...], stored at position - 1."""
         return cls(

@@ -79,6 +79,7 @@ class SegmentLog:
         self._entries = found.entries  # the shard's own, by number, ascending
         self._adopted = found.adopted  # oldest first
         self._own_rows = sum(entry.rows for entry in found.entries.values())
+        self.lost_rows = 0  # found damaged or gone since the opening
         self.catalog = Catalog(directory, writable=True)
         self._balance(found.unknown_rows)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="segments")
@@ -145,9 +146,7 @@ class SegmentLog:
         """The newest row of a stream; torn for one whose past may have been lost, None for a new one."""
         known = self.cursors.get(key)
         if known is None and self.ledger.forgotten:
-            return Cursor(
-                position=self.ledger.forgotten, incarnation=-1, episode=0, step=-1, is_last=False, torn=True
-            )
+            return Cursor.unknown(self.ledger.forgotten)
         return known
 
     def take_dirty(self) -> list[Segment]:
@@ -382,6 +381,10 @@ class SegmentLog:
             ledger.lost_rows += lost if self.losses else 0
             if self.losses:
                 self._count_lost(lost)
+        elif ledger.lost_rows:  # a repair brought rows back
+            back = min(-lost, ledger.lost_rows)
+            ledger.evicted_rows -= back
+            ledger.lost_rows -= back
         save_ledger(self.directory, ledger)
         keep_reserve(self.directory)
         if not 0 <= self.catalog["generation"] < 1 << 62:
@@ -392,5 +395,6 @@ class SegmentLog:
         self.changed()
 
     def _count_lost(self, rows: int) -> None:
+        self.lost_rows += rows
         if self._metrics is not None:
             self._metrics["replay_rows_lost_total"].inc(rows)

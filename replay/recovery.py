@@ -211,8 +211,6 @@ class _Rescue:
         if any(end.claimed > end.good for end in ends):
             lost = sum(end.claimed - end.good for end in ends)
             self._lose("rows", f"{stored.path}: {lost} rows fail their checks and are cut off")
-            if self._metrics is not None:
-                self._metrics["replay_rows_lost_total"].inc(lost)
             if any(end.good for end in ends):
                 stored, segment = self._cut_back(stored, place, [end.good for end in ends])
             else:
@@ -285,7 +283,7 @@ class _Rescue:
         elif known is not None:
             cursors[key] = _torn(known, stop)
         else:
-            cursors[key] = Cursor(position=stop, incarnation=-1, episode=0, step=-1, is_last=False, torn=True)
+            cursors[key] = Cursor.unknown(stop)
 
 
 def _slot_end(segment: Segment, slot: int, same_boot: bool) -> SlotEnd:

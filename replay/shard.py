@@ -209,6 +209,12 @@ class ReplayShard:
         """Verify everything at rest again, in the background."""
         self._upkeep.scrub_now()
 
+    @property
+    def lost_rows(self) -> int:
+        """Acknowledged rows that this opening of the shard found damaged or gone."""
+        with self._changed:
+            return self._log.lost_rows
+
     def sealed(self) -> list[StoredSegment]:
         """The sealed segments, the oldest first."""
         with self._changed:
