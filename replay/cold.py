@@ -292,10 +292,12 @@ class ColdSegment:
                 start = offset // mmap.PAGESIZE * mmap.PAGESIZE
                 stored.madvise(mmap.MADV_WILLNEED, start, offset + size - start)
 
-    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
+    def mend(self) -> None:
         """As SegmentHome."""
-        if mend:
-            self.overlay.mend(self.committed, self.slot_rows)
+        self.overlay.mend(self.committed, self.slot_rows)
+
+    def good_rows(self) -> NDArray[np.int64]:
+        """As SegmentHome."""
         return sealed_rows(self.path, self.committed)
 
     def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:

@@ -96,9 +96,13 @@ class EvolvedHome:
         """As Home: 0 for a column the segment does not have."""
         return self._home.write_overlay(name, first, values) if name in self._found.overlay else 0
 
-    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
+    def good_rows(self) -> NDArray[np.int64]:
         """As SegmentHome."""
-        return self._home.good_rows(mend=mend)
+        return self._home.good_rows()
+
+    def mend(self) -> None:
+        """As SegmentHome."""
+        self._home.mend()
 
     @property
     def overlay_key(self) -> str:
@@ -139,9 +143,8 @@ class ForeignHome(EvolvedHome):
         """As Home: always 0."""
         return 0
 
-    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
-        """As SegmentHome; nothing is mended."""
-        return self._home.good_rows(mend=False)
+    def mend(self) -> None:
+        """Nothing: it is not ours."""
 
     @property
     def overlay_files(self) -> Mapping[str, NDArray[Any]]:

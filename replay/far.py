@@ -254,10 +254,12 @@ class FarSegment:
             chunks = sorted((offset, size) for _, offset, size in column.stored(first, count))
             self._ahead.want(self._store, key, chunks)
 
-    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
+    def mend(self) -> None:
+        """As SegmentHome."""
+        self.overlay.mend(self.committed, self.slot_rows)
+
+    def good_rows(self) -> NDArray[np.int64]:
         """As SegmentHome: chunks are checked as they arrive, so only the manifest is looked at."""
-        if mend:
-            self.overlay.mend(self.committed, self.slot_rows)
         return sealed_rows(self.path, self.committed)
 
     def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:

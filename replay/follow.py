@@ -139,6 +139,11 @@ class _Followed:
         return index.add(self.origin, stream, start, self.home, slot * self.home.slot_rows)
 
 
+def _vet(home: SegmentHome, trusted: bool) -> NDArray[np.int64]:
+    home.mend()
+    return home.committed.copy() if trusted else home.good_rows()
+
+
 class MappedShard:
     """A ShardView of a directory on this node. Needs no process behind it."""
 
@@ -283,8 +288,9 @@ class MappedShard:
             if before is not None:  # now in another tier
                 followed.limit = before.limit
                 index.drop(before.home)
-            elif vouched is None or str(path.relative_to(self._directory)) not in vouched:
-                budget -= self._suspect(key, followed, budget)
+            else:
+                trusted = vouched is not None and str(path.relative_to(self._directory)) in vouched
+                budget -= self._suspect(key, followed, trusted, budget)
                 continue
             self._segments[key] = followed
         for followed in self._segments.values():
@@ -305,11 +311,15 @@ class MappedShard:
                 raise IntegrityError(f"{path} has impossible slots; `dreamfleet replay repair` takes it out")
         return home
 
-    def _suspect(self, key: Key, followed: _Followed, budget: int) -> int:
-        """Have a segment vetted: at once within `budget` bytes, in the background otherwise; return bytes."""
+    def _suspect(self, key: Key, followed: _Followed, trusted: bool, budget: int) -> int:
+        """Have a segment vetted: at once within `budget` bytes, in the background otherwise; return bytes.
+
+        Of a `trusted` one only the overlay, which its owner does not look after.
+        """
         seen = followed.home.committed.copy()
-        nbytes = int(seen.sum()) * self._table.row_nbytes
-        work = functools.partial(followed.home.good_rows, mend=not self.alive)
+        specs = self._table.overlay if trusted else self._table.all
+        nbytes = int(seen.sum()) * sum(spec.nbytes for spec in specs.values())
+        work = functools.partial(_vet, followed.home, trusted)
         if nbytes == 0:  # seen from its first row on
             verdict = Verdict()
             verdict.good, verdict.done = seen, True

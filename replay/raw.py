@@ -68,10 +68,13 @@ class MappedSegment(MemoryHome):
         for address, nbytes in self._places:
             read_ahead(address + first * nbytes, count * nbytes)
 
-    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
+    def mend(self) -> None:
         """As SegmentHome."""
-        if mend and (mended := self.segment.mend_overlay()):
+        if mended := self.segment.mend_overlay():
             log.warning("overlay rows reset", extra={"segment": self.segment.path.name, "rows": mended})
+
+    def good_rows(self) -> NDArray[np.int64]:
+        """As SegmentHome."""
         if seal.is_sealed(self.segment.path):
             return sealed_rows(self.segment.path, self.committed)
         good = np.zeros(len(self.committed), np.int64)

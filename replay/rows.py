@@ -116,12 +116,15 @@ class SegmentHome(Home, Protocol):
         """As ShardView: copies may wait for a disk, the network, a decoder."""
         ...
 
-    def good_rows(self, *, mend: bool) -> NDArray[np.int64]:
+    def good_rows(self) -> NDArray[np.int64]:
         """Read it all; return how many committed rows of each slot the checksums confirm [S].
 
-        `mend` resets overlay rows that are damaged. Raises: IntegrityError when nothing may be read,
-        FileNotFoundError when it is gone.
+        Raises: IntegrityError when nothing may be read, FileNotFoundError when it is gone.
         """
+        ...
+
+    def mend(self) -> None:
+        """Reset committed overlay rows whose checksums fail to zeros, the initial latents."""
         ...
 
 

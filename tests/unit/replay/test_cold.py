@@ -149,9 +149,9 @@ def test_a_torn_latent_is_reset_when_nobody_else_looks_after_it(
     home = cold.ColdSegment(make_cold(shard, segment), TABLE)
     home.write_overlay("latent", 60, np.ones((3, 8), np.uint16))
     segment.overlay["latent"][0, 61, 2] = 5
-    np.testing.assert_array_equal(home.good_rows(mend=False), USED)
+    np.testing.assert_array_equal(home.good_rows(), USED)
     assert segment.overlay["latent"][0, 61, 2] == 5
-    home.good_rows(mend=True)
+    home.mend()
     np.testing.assert_array_equal(segment.overlay["latent"][0, 60:63, 2], [1, 0, 1])
     assert segment.mend_overlay() == 0
 

@@ -120,6 +120,24 @@ def test_a_damaged_segment_is_left_out_and_counted_once(
     view.release()
 
 
+@pytest.mark.parametrize("owned", [False, True])
+def test_damaged_latents_are_reset_before_they_are_drawn(tmp_path: Path, owned: bool) -> None:
+    directory = filled(tmp_path)
+    row = TABLE.overlay["latent"].nbytes
+    flip(data_path(layout.overlay_path(segment(directory, 1)), "latent", 3), 5 * row)  # position 133
+    owner = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024) if owned else None
+    view = TableView(tmp_path, TABLE, 5)
+    (piece,) = view.index.stream(0, 0).pieces(132, 3)
+    got = {name: np.ones((3, *spec.shape), spec.dtype) for name, spec in TABLE.all.items()}
+    piece.home.copy_rows(RowViews(got), 0, piece.first, 3)
+    sent = synthetic.rows(TABLE, StreamId(actor=0, env=0), 132, 3).columns["latent"]
+    assert not got["latent"][1].any()
+    np.testing.assert_array_equal(got["latent"][[0, 2]], sent[[0, 2]])
+    view.release()
+    if owner is not None:
+        owner.close()
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_whatever_byte_is_flipped_no_wrong_row_is_drawn(tmp_path: Path, seed: int) -> None:
     filled(tmp_path / "sound")
@@ -335,7 +353,7 @@ def test_the_newest_segments_are_vetted_first() -> None:
 def test_an_error_in_vetting_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path)
 
-    def broken(*_: object, **__: object) -> np.ndarray:
+    def broken(_: object) -> np.ndarray:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("replay.raw.MappedSegment.good_rows", broken)
