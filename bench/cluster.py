@@ -1,7 +1,8 @@
 """A replay over three nodes that loses one: seconds without a batch, uniformity, seconds until it is back.
 
 The learner's side is in this process and reads every shard over gRPC. A node is killed as by a power cut, its
-disk stays; then it comes back at another address. `--nodes process` does the same without Ray.
+disk stays; then it comes back at another address. Silent nodes are cut off instead: they answer nothing and
+refuse nothing, so only the reader's patience finds out. `--nodes process` does the same without Ray.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from scipy import stats
 
-from bench.cluster_nodes import TABLE, Nodes, ProcessNodes, RayNodes
+from bench.cluster_nodes import TABLE, Nodes, ProcessNodes
 from bench.load import Load, Row, Samples
 from replay import synthetic
 from replay.client import GrpcReplayWriter
@@ -45,16 +46,16 @@ LEGAL = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outage:
-    """What one loss of a node cost. Made by `lose_node`."""
+    """What one loss of a node cost. Made by `Table.lose_node`."""
 
-    pause_seconds: float  # longest time without a batch, from the kill until the shard had left
-    noticed_seconds: float  # from the kill until its rows could no longer be drawn
-    return_seconds: float  # from its start, that of the node included, until its rows could be drawn again
-    serve_seconds: float  # of these, since the shard listened
+    pause_seconds: float  # longest time without a batch, from the loss until the shard had left
+    noticed_seconds: float  # from the loss until its rows could no longer be drawn
+    return_seconds: float  # from the start of a new node until its rows could be drawn again
+    serve_seconds: float  # from when its shard listened until then
     p_before: float  # chi-square over all legal starts: of all shards
     p_during: float  # of those that lived
     p_after: float
-    p_shards: float  # the least over the three times: rows drawn of each shard
+    p_shards: float  # chi-square of the draws from each shard, the least of the three times
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,27 +65,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """One row per figure, over all trials; probabilities are the least of all."""
-    kind = RayNodes if options.nodes == "ray" else ProcessNodes
     outages: list[Outage] = []
+    silences: list[Outage] = []
     with (
         tempfile.TemporaryDirectory(prefix="bench-cluster-") as folder,
-        kind(Path(folder)) as nodes,
+        open_nodes(options.nodes, Path(folder)) as nodes,
         Table(Path(folder), nodes) as table,
         Load() as load,
     ):
         for _ in range(options.trials):
             outages += [table.lose_node(index) for index in STREAM_ROWS]
-    case = f"3 nodes, {options.nodes}"
-    for name, unit in (
-        ("pause_seconds", "s"), ("noticed_seconds", "s"), ("return_seconds", "s"), ("serve_seconds", "s"),
-        ("p_before", "least"), ("p_during", "least"), ("p_after", "least"), ("p_shards", "least"),
-    ):  # fmt: skip
-        values = tuple(float(getattr(outage, name)) for outage in outages)
-        samples = Samples(values=values, foreign_load=load.foreign, cpu_per_wall=load.cpu_per_wall)
-        more = {"value": min(values)} if unit == "least" else {}
-        yield samples.row("cluster", case, name, unit, **more)
-        if unit == "s":
-            yield samples.row("cluster", case, f"{name}_worst", unit, value=max(values))
+            silences += [table.lose_node(index, silent=True) for index in STREAM_ROWS]
+    for what, found in (("killed", outages), ("silent", silences)):
+        for name in (field.name for field in fields(Outage)):
+            values = tuple(float(getattr(outage, name)) for outage in found)
+            samples = Samples(values=values, foreign_load=load.foreign, cpu_per_wall=load.cpu_per_wall)
+            case = f"{options.nodes} node {what}"
+            if name.startswith("p_"):
+                yield samples.row("cluster", case, f"{name}_least", "probability", value=min(values))
+            else:
+                yield samples.row("cluster", case, name, "s")
+                yield samples.row("cluster", case, f"{name}_most", "s", value=max(values))
+
+
+@contextmanager
+def open_nodes(kind: str, folder: Path) -> Iterator[Nodes]:
+    """Nodes of one kind, process or ray, that keep their disks below `folder`."""
+    if kind == "process":
+        with ProcessNodes(folder) as nodes:
+            yield nodes
+        return
+    from deploy.ray_local import prepare_ray
+
+    prepare_ray()
+    from bench.cluster_ray import RayNodes
+
+    with RayNodes(folder) as nodes:
+        yield nodes
 
 
 class Table:
@@ -122,12 +139,15 @@ class Table:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def lose_node(self, index: int) -> Outage:
-        """Kill a node while batches are drawn, draw on, bring it back, draw on."""
+    def lose_node(self, index: int, *, silent: bool = False) -> Outage:
+        """Kill a node (or cut it off) while batches are drawn, draw on, bring it back, draw on."""
         p_before, before = self._uniformity(*STREAM_ROWS)
         others = [k for k in STREAM_ROWS if k != index]
-        self._nodes.kill(index)
         begun = last = time.monotonic()
+        if silent:
+            self._nodes.silence(index)
+        else:
+            self._nodes.kill(index)
         pause = 0.0
         while self._live() != self._rows(others):
             self.reader.sample(TIMEOUT)
