@@ -62,12 +62,12 @@ def cut_of(name: str, meta: Mapping[str, Any]) -> Cut:
 
 
 def compare_replay(
-    config: RunConfig, run_dir: RunDirectory, meta: Mapping[str, Any], reader: LocalReader
+    config: RunConfig, run_dir: RunDirectory, meta: Mapping[str, Any], reader: LocalReader, incarnation: int
 ) -> int:
     """Rows of the replay that the weights of a checkpoint have not seen; reported as an event.
 
-    When exact mode brought the replay back to the checkpoint, this waits until every row has been checked and
-    can be drawn: with fewer, other batches would follow. Raises: IntegrityError when rows are missing.
+    When the replay was brought back for this life of the learner, this waits until every row has been checked
+    and can be drawn: with fewer, other batches would follow. Raises: IntegrityError when rows are missing.
     """
     if not isinstance(meta.get("replay"), Mapping):
         return 0
@@ -75,7 +75,7 @@ def compare_replay(
     younger = younger_rows(run_dir, cut)
     run_dir.event("replay compared", mode=config.replay.resume, younger_rows=younger)
     log.info("rows younger than the weights", extra={"rows": younger, "mode": config.replay.resume})
-    if config.replay.resume == "exact" and younger == 0:
+    if config.replay.resume == "exact" and _restored_for(run_dir, incarnation):
         settled = reader.settle(SETTLE_SECONDS)
         _, live = reader.counts()
         if not settled or live < cut.rows:
@@ -84,6 +84,12 @@ def compare_replay(
                 "verify`); resume with --set replay.resume=keep"
             )
     return younger
+
+
+def _restored_for(run_dir: RunDirectory, incarnation: int) -> bool:
+    """Whether this is the learner's first life after a restore: later ones share the run with actors."""
+    lives = [event["incarnations"] for event in run_dir.events() if event["event"] == RESTORED]
+    return bool(lives) and int(lives[-1].get("learner-0", 0)) + 1 == incarnation
 
 
 def younger_rows(run_dir: RunDirectory, cut: Cut) -> int:

@@ -80,7 +80,7 @@ def test_keep_leaves_all_rows_and_counts_the_younger_ones(run: Run) -> None:
     prepare_replay(run.config("keep"), run.env_spec, run.dir)
     assert run.inserted() == (1000, 1000)
     reader = SimpleNamespace()  # keep asks nothing of it
-    assert compare_replay(run.config("keep"), run.dir, meta, reader) == 300  # type: ignore[arg-type]
+    assert compare_replay(run.config("keep"), run.dir, meta, reader, 2) == 300  # type: ignore[arg-type]
     assert (run.last_event()["event"], run.last_event()["younger_rows"]) == ("replay compared", 300)
 
 
@@ -93,11 +93,19 @@ def test_fresh_evicts_all_rows_and_counts_on(run: Run) -> None:
 
 
 def test_exact_gives_up_what_the_checkpoint_did_not_see(run: Run) -> None:
-    run.save(hold=True)
+    meta = run.save(hold=True)
     run.insert(ROWS, 300)
     prepare_replay(run.config("exact"), run.env_spec, run.dir)
     assert run.inserted() == (ROWS, ROWS)
     assert run.last_event()["removed_rows"] == 300
+    config, metrics = run.config("exact"), Metrics("t", "learner")
+    with closing(assemble.replay_reader(config, run.env_spec, str(run.dir.path), (), metrics)) as reader:
+        assert compare_replay(config, run.dir, meta, reader, 1) == 0
+        damaged = run.dir.replay / "shard-0000"
+        damaged.rename(damaged.with_name("away"))
+        with pytest.raises(IntegrityError, match="can be read"):
+            compare_replay(config, run.dir, meta, reader, 1)
+        compare_replay(config, run.dir, meta, reader, 2)  # a life inside a running run takes what there is
 
 
 def test_exact_without_a_checkpoint_keeps_what_there_is(run: Run) -> None:
