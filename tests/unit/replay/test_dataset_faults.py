@@ -126,7 +126,7 @@ def test_pickled_arrays_are_never_loaded(tmp_path: Path) -> None:
 
 def test_a_pickle_named_npz_is_no_npz(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
-    np.save(tmp_path / "d" / "a.npy", np.array([arrays()], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "d" / "a.npy", np.array([arrays()], dtype=object))
     (tmp_path / "d" / "a.npy").rename(tmp_path / "d" / "a.npz")
     assert "cannot be read as npz" in refusal(tmp_path / "d")
 
