@@ -94,26 +94,15 @@ class ReplayShard:
         table.json is damaged.
         """
         geometry = choose_geometry(table.row_nbytes, capacity_rows, segment_rows)
-        replay_id = layout.open_table(root, table)
+        fmt = SegmentFormat(table, geometry, layout.open_table(root, table))
         directory = layout.shard_dir(root, index)
         layout.make_dir(directory)
-        allow_many_files()
         self.index = index
         self.table = table
         self.directory = directory
         self._lock_file = layout.take_lock(directory)
         try:
-            about = {"format": layout.FORMAT, "index": index, "capacity_rows": capacity_rows}
-            about |= {"slots": geometry.slots, "rows": geometry.rows}
-            layout.write_json(directory / "shard.json", about)
-            self._log = SegmentLog(
-                directory,
-                index,
-                SegmentFormat(table, geometry, replay_id),
-                capacity_rows=capacity_rows,
-                capacity_bytes=capacity_bytes,
-                metrics=metrics,
-            )
+            self._log = _open_log(directory, index, fmt, capacity_rows, capacity_bytes, metrics)
         except BaseException:
             self._lock_file.close()
             raise
@@ -129,20 +118,11 @@ class ReplayShard:
         self._incarnations: dict[int, int] = {}
         for key, cursor in self._log.cursors.items():
             self._saw(key >> 16, cursor.incarnation)
-        for entry in list(self._log.entries()):
-            name = entry.stored.origin, entry.stored.stem
-            if self._log.find(*name) is entry and was_moved(root, index, *name):
-                self._log.evict(entry)
         self._export()
         self._upkeep = Upkeep(
-            self._log,
-            self._changed,
-            stages=stages,
-            max_age_seconds=max_age_seconds,
-            scrub_seconds=scrub_seconds,
-            durability=durability,
-            flush_seconds=flush_seconds,
-        )
+            self._log, self._changed, stages=stages, max_age_seconds=max_age_seconds,
+            scrub_seconds=scrub_seconds, durability=durability, flush_seconds=flush_seconds,
+        )  # fmt: skip
         self._upkeep.settle(OPENING_SECONDS)
 
     def append(self, chunks: list[Chunk], timeout: float, *, sound: bool = False) -> Ack:
@@ -368,6 +348,29 @@ class ReplayShard:
         self._metrics["replay_rows"].set(self._log.rows)
         self._metrics["replay_bytes"].set(self._log.nbytes)
         self._metrics["replay_segments"].set(self._log.segments)
+
+
+def _open_log(
+    directory: Path,
+    index: int,
+    fmt: SegmentFormat,
+    capacity_rows: int,
+    capacity_bytes: int | None,
+    metrics: Metrics | None,
+) -> SegmentLog:
+    """Take over the directory of a shard; moves that a kill cut off are finished."""
+    allow_many_files()
+    about = {"format": layout.FORMAT, "index": index, "capacity_rows": capacity_rows}
+    about |= {"slots": fmt.geometry.slots, "rows": fmt.geometry.rows}
+    layout.write_json(directory / "shard.json", about)
+    segments = SegmentLog(
+        directory, index, fmt, capacity_rows=capacity_rows, capacity_bytes=capacity_bytes, metrics=metrics
+    )
+    for entry in list(segments.entries()):
+        name = entry.stored.origin, entry.stored.stem
+        if segments.find(*name) is entry and was_moved(directory.parent, index, *name):
+            segments.evict(entry)
+    return segments
 
 
 def _rows_of(chunk: Chunk) -> int:
