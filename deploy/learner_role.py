@@ -107,9 +107,7 @@ class LearnerRole:
         """Say how the replay differs from what the checkpoint saw; wait for all of it when it is the same."""
         from deploy.resume import compare_replay
 
-        self._younger = compare_replay(
-            self._config, run_dir, meta, self._reader, self._spec.incarnation
-        )
+        self._younger = compare_replay(self._config, run_dir, meta, self._reader, self._spec.incarnation)
         self.metrics["learner_younger_rows"].set(self._younger)
 
     def work(self, seconds: float) -> dict[str, Any]:
