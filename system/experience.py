@@ -54,10 +54,14 @@ class Chunk:
     `columns` has every name of TableSpec.all, each [T, ...]; the identity columns incarnation,
     episode and step are among them and grow by one row at a time (step + 1, or the next episode
     at step 0 after is_last).
+
+    `continues` says that rows between the store's newest ones and these may be elsewhere or lost: the
+    stream came from another shard. The store then lets no sequence span the two.
     """
 
     stream: StreamId
     columns: Columns  # each [T, ...]
+    continues: bool = False
 
     def __len__(self) -> int:
         return len(self.columns["reward"])
