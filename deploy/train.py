@@ -35,6 +35,13 @@ class StopRequest:
 def _announce(session: Session, out: Any) -> None:
     config = session.config
     verb = "resuming" if session.resumed else "starting"
+    if config.offline:
+        sources = ", ".join(f"{name} ({source.path})" for name, source in config.replay.sources.items())
+        out.write(
+            f"{verb} {session.run_dir.path}\n  {config.updates} updates from {sources} without actors\n"
+        )
+        out.flush()
+        return
     out.write(
         f"{verb} {session.run_dir.path}\n  {config.env.name} on backend {config.backend}: "
         f"{config.actors.count} actors x "
