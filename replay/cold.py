@@ -275,6 +275,7 @@ class ColdSegment:
             raise IntegrityError(f"{error.filename} is missing; `dreamfleet replay repair`") from error
         self.overlay_key = segment_key(beside or path)
         self.overlay_files = self.overlay.files
+        self._is_first = plain.get("is_first")
         self._rows = TieredRows(table, plain | self.overlay.columns, self.wide_columns)
 
     def copy_rows(self, target: RowViews, at: int, first: int, count: int) -> None:
@@ -284,6 +285,10 @@ class ColdSegment:
         except IntegrityError as error:
             report_damage(self.path, str(error))
             raise RowsGone(f"{self.path.name}: {error}") from error
+
+    def first_flags(self, first: int, count: int) -> NDArray[np.bool_] | None:
+        """As episodes.FlagHome."""
+        return None if self._is_first is None else self._is_first[first : first + count]
 
     def will_need(self, first: int, count: int) -> None:
         """As Home: the kernel reads the chunks ahead."""

@@ -25,8 +25,8 @@ SCAN_ROWS = 256
 class FlagHome(Protocol):
     """A home that can read the one column that episodes need without all the others."""
 
-    def first_flags(self, first: int, count: int) -> NDArray[np.bool_]:
-        """is_first of rows first .. first + count - 1 [count]. Raises: RowsGone."""
+    def first_flags(self, first: int, count: int) -> NDArray[np.bool_] | None:
+        """is_first of rows first .. first + count - 1 [count]; None when it cannot after all."""
         ...
 
 
@@ -278,15 +278,13 @@ class EpisodeStarts:
         borders.forget(runs.lo)
         return True
 
-    def _read(self, runs: StreamRuns[Any], begin: int, end: int) -> NDArray[np.int64]:
+    def _read(self, runs: StreamRuns[Home], begin: int, end: int) -> NDArray[np.int64]:
         """The is_first positions of begin .. end - 1."""
         flags = np.zeros(end - begin, np.bool_)
         at = 0
         for home, first, count in runs.pieces(begin, end - begin):
-            if isinstance(home, FlagHome):
-                flags[at : at + count] = home.first_flags(first, count)
-            else:
-                flags[at : at + count] = self._copy_flags(home, first, count)
+            found = home.first_flags(first, count) if isinstance(home, FlagHome) else None
+            flags[at : at + count] = self._copy_flags(home, first, count) if found is None else found
             at += count
         return np.flatnonzero(flags) + begin
 

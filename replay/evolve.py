@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from replay.episodes import FlagHome
 from replay.rows import RowViews
 from replay.schema import check_readable
 from system.specs import ACTION_MASK, ArraySpec, TableSpec
@@ -87,6 +88,10 @@ class EvolvedHome:
         self._home.copy_rows(self._stored(target), at, first, count)
         for name, row in self._defaults.items():
             target.columns[name][at : at + count] = row
+
+    def first_flags(self, first: int, count: int) -> NDArray[np.bool_] | None:
+        """As episodes.FlagHome."""
+        return self._home.first_flags(first, count) if isinstance(self._home, FlagHome) else None
 
     def will_need(self, first: int, count: int) -> None:
         """As Home."""

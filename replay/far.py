@@ -229,6 +229,7 @@ class FarSegment:
         self.overlay = MappedOverlay(path, table, about.geometry)
         self.overlay_key = segment_key(path)
         self.overlay_files = self.overlay.files
+        self._is_first = plain.get("is_first")
         wide = {name: column for name, (_, column) in self._wide.items()}
         self._rows = TieredRows(table, plain | self.overlay.columns, wide)
 
@@ -247,6 +248,10 @@ class FarSegment:
             except (StoreError, FileNotFoundError) as error:
                 log.warning("far rows unreadable", extra={"segment": self.path.name, "why": str(error)})
                 raise RowsGone(f"{self.path.name}: {error}") from error
+
+    def first_flags(self, first: int, count: int) -> NDArray[np.bool_] | None:
+        """As episodes.FlagHome."""
+        return None if self._is_first is None else self._is_first[first : first + count]
 
     def will_need(self, first: int, count: int) -> None:
         """As Home: their chunks are on their way when this returns."""

@@ -140,10 +140,9 @@ class MemoryHome:
         """As Home."""
         copy_rows(target, at, self.views, first, count)
 
-    def first_flags(self, first: int, count: int) -> NDArray[np.bool_]:
+    def first_flags(self, first: int, count: int) -> NDArray[np.bool_] | None:
         """As episodes.FlagHome."""
-        assert self._is_first is not None, "rows without is_first"
-        return self._is_first[first : first + count]
+        return None if self._is_first is None else self._is_first[first : first + count]
 
     def will_need(self, first: int, count: int) -> None:
         """Nothing: the rows are here."""

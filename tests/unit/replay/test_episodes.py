@@ -7,8 +7,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.episodes import EpisodeStarts
+from replay.cold import ColdSegment
+from replay.episodes import EpisodeStarts, FlagHome
+from replay.evolve import EvolvedHome
+from replay.far import FarSegment
 from replay.index import Run, StartIndex
+from replay.raw import MappedSegment
 from replay.rows import MemoryHome, RowsGone, RowViews
 from replay.starts import BLOCK_ROWS
 from system.specs import ArraySpec
@@ -126,6 +130,10 @@ def test_rows_that_are_gone_are_not_drawn_and_tried_again() -> None:
     assert set(starts.pick(np.arange(17)).stream.tolist()) == {1}
     lost.gone = False
     assert starts.total == 34
+
+
+def test_homes_on_this_node_give_is_first_without_the_other_columns() -> None:
+    assert all(issubclass(home, FlagHome) for home in (MappedSegment, ColdSegment, FarSegment, EvolvedHome))
 
 
 def test_a_million_tiny_episodes_take_little_memory_and_every_start_is_reached() -> None:
