@@ -232,6 +232,12 @@ def open_tiered(root: Path, far: Path | None) -> ReplayShard:
     return ReplayShard(root, 0, WIDE, capacity_rows=CAPACITY, segment_rows=128, stages=stages)
 
 
+def in_store(store: Path) -> set[str]:
+    """Number and epoch of the segments of shard 0 that lie in a store."""
+    files = (path.relative_to(store / "shard-0000") for path in store.rglob("*") if path.is_file())
+    return {path.parts[0][5:19] for path in files if len(path.parts) > 1}
+
+
 @pytest.mark.parametrize("far", [False, True], ids=["cold", "far"])
 def test_a_pin_holds_segments_of_every_tier(tmp_path: Path, pins: PinStore, far: bool) -> None:
     store = tmp_path.with_name(f"{tmp_path.name}-store") if far else None
@@ -249,8 +255,12 @@ def test_a_pin_holds_segments_of_every_tier(tmp_path: Path, pins: PinStore, far:
             cut = Cut.from_json(pins.take("000001-6"))
             straight = train(reader, 6)
             shard.append([flat_rows(1500, 4000)], 10.0)
-            assert shard.settle(30.0)  # what is evicted here would go from the store as well
+            assert shard.settle(30.0)
             train(reader, 6)
+        away = {name[:14] for name in cut.shards[0].segments if name.endswith(".far.json")}
+        assert bool(away) == far
+        if store is not None:  # evicted here, deleted there as soon as no pin needs them
+            assert away <= in_store(store)
     assert restore_exact(tmp_path, "000001-6", cut).returned == len(cut.shards[0].segments)
     assert tiers_of(tmp_path) == tiers
     with closing(ReplayShard(tmp_path, 0, WIDE, capacity_rows=CAPACITY, segment_rows=128)) as shard:
