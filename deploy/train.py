@@ -35,20 +35,15 @@ class StopRequest:
 def _announce(session: Session, out: Any) -> None:
     config = session.config
     verb = "resuming" if session.resumed else "starting"
-    if config.offline:
-        sources = ", ".join(f"{name} ({source.path})" for name, source in config.replay.sources.items())
-        out.write(
-            f"{verb} {session.run_dir.path}\n  {config.updates} updates from {sources} without actors\n"
-        )
-        out.flush()
-        return
-    out.write(
-        f"{verb} {session.run_dir.path}\n  {config.env.name} on backend {config.backend}: "
-        f"{config.actors.count} actors x "
+    what = (
+        f"{config.env.name} on backend {config.backend}: {config.actors.count} actors x "
         f"{config.actors.envs} environments, {config.replay.shards} replay shards, 1 learner "
-        f"({config.learner.family}, "
-        f"device {config.learner.device}), train ratio {config.replay.train_ratio:g}\n"
+        f"({config.learner.family}, device {config.learner.device}), train ratio {config.replay.train_ratio:g}"
     )
+    if config.offline:
+        named = ", ".join(f"{name} ({source.path})" for name, source in config.replay.sources.items())
+        what = f"{config.updates} updates from {named}, without actors, on backend {config.backend}"
+    out.write(f"{verb} {session.run_dir.path}\n  {what}\n")
     for change in session.changes:
         out.write(f"  changed since last time: {change}\n")
     out.flush()
