@@ -6,6 +6,7 @@ import click
 
 from deploy import dataset_cli, inventory_cli
 from deploy.limit_cli import limit
+from deploy.move_cli import move
 
 
 @click.group()
@@ -16,3 +17,4 @@ def replay() -> None:
 for _command in (*inventory_cli.COMMANDS, *dataset_cli.COMMANDS):
     replay.add_command(_command)
 replay.add_command(limit)
+replay.add_command(move)

@@ -21,14 +21,22 @@ def adopt_shard(
     Raises: PreflightError when the shard is alive; IntegrityError without its geometry; DeadlineError when
     `timeout` seconds are not enough to verify it.
     """
-    path = layout.shard_dir(root, dead) / "shard.json"
-    about = layout.read_json(path)
-    if about is None:
-        raise IntegrityError(f"{path} is missing; is there a shard {dead}?")
-    shard = ReplayShard(root, dead, table, capacity_rows=int(about["capacity_rows"]), initial_grant=0)
+    shard = open_again(root, dead, table)
     try:
         if not shard.settle(timeout):
             raise DeadlineError(f"shard {dead} was not verified within {timeout:g} s; try again")
         return move_all(shard, target, room_rows)
     finally:
         shard.close()
+
+
+def open_again(root: Path, index: int, table: TableSpec) -> ReplayShard:
+    """Own a shard whose process is gone, with the capacity it had.
+
+    Raises: PreflightError when it is alive; IntegrityError when it says no capacity.
+    """
+    path = layout.shard_dir(root, index) / "shard.json"
+    about = layout.read_json(path)
+    if about is None or not isinstance(about.get("capacity_rows"), int):
+        raise IntegrityError(f"{path} must say capacity_rows; is there a shard {index}?")
+    return ReplayShard(root, index, table, capacity_rows=about["capacity_rows"], initial_grant=0)

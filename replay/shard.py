@@ -95,11 +95,11 @@ class ReplayShard:
         """
         geometry = choose_geometry(table.row_nbytes, capacity_rows, segment_rows)
         fmt = SegmentFormat(table, geometry, layout.open_table(root, table))
-        directory = layout.shard_dir(root, index)
-        layout.make_dir(directory)
+        layout.make_dir(directory := layout.shard_dir(root, index))
         self.index = index
         self.table = table
         self.directory = directory
+        self.capacity_rows = capacity_rows
         self._lock_file = layout.take_lock(directory)
         try:
             self._log = _open_log(directory, index, fmt, capacity_rows, capacity_bytes, metrics)

@@ -9,7 +9,7 @@ from deploy.__main__ import cli
 
 VERBS = {"train", "recipes", "eval", "status", "audit", "video", "doctor", "env check"}
 VERBS |= {"replay ls", "replay stats", "replay verify", "replay repair"}
-VERBS |= {"replay export", "replay import", "replay migrate", "replay limit"}
+VERBS |= {"replay export", "replay import", "replay migrate", "replay limit", "replay move"}
 
 
 def leaves(group: click.Group, prefix: str = "") -> set[str]:
