@@ -6,7 +6,7 @@ change, so what was scanned stays true whatever comes and goes around it. Letter
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
