@@ -38,7 +38,8 @@ def _announce(session: Session, out: Any) -> None:
     what = (
         f"{config.env.name} on backend {config.backend}: {config.actors.count} actors x "
         f"{config.actors.envs} environments, {config.replay.shards} replay shards, 1 learner "
-        f"({config.learner.family}, device {config.learner.device}), train ratio {config.replay.train_ratio:g}"
+        f"({config.learner.family}, device {config.learner.device}), "
+        f"train ratio {config.replay.train_ratio:g}"
     )
     if config.offline:
         named = ", ".join(f"{name} ({source.path})" for name, source in config.replay.sources.items())

@@ -20,6 +20,7 @@ from replay.rows import Home
 from replay.schema import check_readable
 from replay.segment import allow_many_files
 from replay.vetting import Vetting
+from system.errors import SchemaError
 from system.metrics import Metrics
 from system.specs import TableSpec
 
@@ -107,11 +108,14 @@ class TableView:
         self.table = table
         self.index: StartIndex[Home] = StartIndex(length)
         self._metrics = metrics
-        self._remotes = list(remotes)
+        self._evolved = stored is not None and stored.digest != table.digest
+        self._remotes: list[ShardView] = []
         self._vetting = Vetting()
         self._mapped: dict[int, MappedShard] = {}
         self._root_mtime = -1
         self._views: list[ShardView] = []
+        for shard in remotes:
+            self.attach(shard)
         self.refresh()
 
     def refresh(self) -> None:
@@ -153,7 +157,16 @@ class TableView:
         return settled
 
     def attach(self, shard: ShardView) -> None:
-        """Follow one more shard that lies elsewhere."""
+        """Follow one more shard that lies elsewhere.
+
+        Raises: SchemaError when rows are read under another schema.
+        """
+        if self._evolved:
+            raise SchemaError(
+                f"shard {shard.index} lies on another node and its rows cannot be read under another "
+                "schema; run "
+                "the learner where the replay is, or leave sources with rows without actions out"
+            )
         self._remotes.append(shard)
         self._root_mtime = -1
 
