@@ -164,8 +164,7 @@ class TableView:
         if self._evolved:
             raise SchemaError(
                 f"shard {shard.index} lies on another node and its rows cannot be read under another "
-                "schema; run "
-                "the learner where the replay is, or leave sources with rows without actions out"
+                "schema; run the learner where the replay is, or leave out sources without actions"
             )
         self._remotes.append(shard)
         self._root_mtime = -1
