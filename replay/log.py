@@ -114,14 +114,12 @@ class SegmentLog:
         The rows are stored when this returns: data first, the commit word last.
         Raises: PreflightError when no segment can be made; DeadlineError when that takes too long.
         """
-        key = stream_key(stream)
+        key, most = stream_key(stream), self.format.geometry.rows
+        self._make_room(min(stop - start, most))  # first of all: on a full disk it frees what a slot needs
         tail = self._tails.get(key)
         if tail is None:
             tail = self._open_slot(stream, key, timeout)
-        count = min(stop - start, self.format.geometry.rows - tail.used)
-        self._make_room(count)
-        if key not in self._tails:  # its slot went with an evicted segment
-            return self.append(stream, columns, start, stop, timeout)
+        count = min(stop - start, most - tail.used)
         tail.segment.append(tail.slot, tail.used, columns, start, start + count)
         tail.used += count
         self._entries[tail.segment.number].rows += count
@@ -129,7 +127,7 @@ class SegmentLog:
         tail.touched = self.inserted
         self._dirty[tail.segment.number] = tail.segment
         self.cursors[key] = Cursor.after(columns, start + count - 1, tail.start + tail.used)
-        if tail.used == self.format.geometry.rows:
+        if tail.used == most:
             del self._tails[key]
         self.catalog["inserted"] = self.inserted
         self.catalog["rows"] = self.rows
@@ -140,6 +138,8 @@ class SegmentLog:
         self._tails.pop(key, None)
         cursor = self.cursors[key]
         self.cursors[key] = replace(cursor, position=cursor.position + 1, torn=True)
+        self.ledger.skipped += 1
+        save_ledger(self.directory, self.ledger)
         self.ledger.skipped += 1
 
     def cursor(self, key: int) -> Cursor | None:

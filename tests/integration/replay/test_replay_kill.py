@@ -12,8 +12,10 @@ from typing import IO
 import numpy as np
 import pytest
 
-from replay import synthetic
+from bench import damage
+from replay import layout, seal, synthetic
 from replay.client import GrpcReplayWriter
+from replay.quarantine import quarantined
 from replay.shard import ReplayShard
 from replay.view import TableView
 from system.experience import StreamId
@@ -114,6 +116,32 @@ def test_no_acknowledged_row_is_lost_or_torn_when_the_owner_is_killed(tmp_path: 
             assert shard.stats().inserted == sum(hi for _, hi in found.values())
         if capacity > 512:
             assert all(lo == 0 for lo, _ in found.values())
+
+
+SEALER = WRITER.replace("capacity_rows=capacity", "capacity_rows=capacity, segment_rows=128")
+
+
+def test_kills_while_segments_are_sealed_and_verified_lose_nothing(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    acknowledged: dict[int, int] = {}
+    for life in range(6):
+        with started(SEALER, tmp_path, 65_536, life) as (child, lines):
+            lines.readline()
+            for _ in range(rng.randrange(1, 60)):
+                env, stored = map(int, lines.readline().split())
+                acknowledged[env] = stored
+            child.send_signal(signal.SIGKILL)
+            for line in lines.read().splitlines():
+                if len(parts := line.split()) == 2:
+                    acknowledged[int(parts[0])] = int(parts[1])
+            child.wait()
+        served = damage.read_all(tmp_path, TABLE)
+        assert not served.wrong
+        for env, stored in acknowledged.items():
+            assert served.numbers[0, env] >= set(range(stored))
+    directory = layout.shard_dir(tmp_path, 0)
+    assert any(seal.is_sealed(path) for path in layout.segment_paths(directory).values())
+    assert not quarantined(directory)
 
 
 def test_rows_sent_over_the_wire_arrive_once_through_kills_of_the_shard(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ STREAMS = [StreamId(actor=0, env=0), StreamId(actor=0, env=1), StreamId(actor=3,
 LENGTHS = (500, 130, 40)
 
 
-def open_shard(root: Path, capacity_rows: int = 4096, **options: object) -> ReplayShard:
+def open_shard(root: Path, capacity_rows: int = 4096, **options: Any) -> ReplayShard:
     return ReplayShard(root, 0, TABLE, capacity_rows=capacity_rows, segment_rows=128, **options)
 
 
