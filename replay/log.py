@@ -140,7 +140,6 @@ class SegmentLog:
         self.cursors[key] = replace(cursor, position=cursor.position + 1, torn=True)
         self.ledger.skipped += 1
         save_ledger(self.directory, self.ledger)
-        self.ledger.skipped += 1
 
     def cursor(self, key: int) -> Cursor | None:
         """The newest row of a stream; torn for one whose past may have been lost, None for a new one."""
