@@ -31,7 +31,7 @@ class Plan:
     shard: list[int]  # [n]
     stream: list[int]  # [n]
     start: list[int]  # [n]
-    weight: list[float]  # [n], importance weights before they are normalised
+    weight: list[float]  # [n], importance weights before they are normalised; empty without any
     goal: list[int]  # [n] positions, empty without goals
 
     def replace(self, row: int, other: Plan) -> None:
@@ -109,19 +109,18 @@ class Planner:
         """Plan n sequences. Raises: DeadlineError when there is nothing to draw from."""
         parts = [(k, picks) for k, count in self._counts(n) for picks in self._select(self.pools[k], count)]
         if len(parts) == 1:
-            source, picks = np.full(n, parts[0][0]), parts[0][1]
+            source, picks = [parts[0][0]] * n, parts[0][1]
         else:
             order = self._rng.permutation(n)
-            source = np.concatenate([np.full(len(p.start), k) for k, p in parts])[order]
-            picks = Picks(
-                *(np.concatenate(columns)[order] for columns in zip(*(p for _, p in parts), strict=True))
-            )
+            source = np.concatenate([np.full(len(p.start), k) for k, p in parts])[order].tolist()
+            columns = zip(*(p for _, p in parts), strict=True)
+            picks = Picks(*(np.concatenate(column)[order] for column in columns))
         plan = Plan(
-            source=source.tolist(),
+            source=source,
             shard=picks.shard.tolist(),
             stream=picks.stream.tolist(),
             start=picks.start.tolist(),
-            weight=picks.weight.tolist(),
+            weight=picks.weight.tolist() if self.weighted else [],
             goal=[],
         )
         if self._spec.goal:

@@ -8,7 +8,7 @@ Letters: B batch, T rows of a sequence.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +25,14 @@ from system.specs import ArraySpec
 
 REDRAWS = 32
 """Draws that may fail per sequence, on average over a batch, before it is given up."""
+
+
+def _covers(runs: StreamRuns[Any], position: int, count: int) -> bool:
+    """These rows are live without a gap."""
+    for lo, hi in runs.bounds:  # noqa: SIM110 - any() over a generator costs four times as much
+        if lo <= position and position + count <= hi:
+            return True
+    return False
 
 
 class Sampler:
@@ -56,16 +64,18 @@ class Sampler:
         buffer = self._ring.take()
         goal = BatchBuffer(self._specs, 1, self._spec.batch) if self._spec.goal else None
         failures = 0
-        for row in range(self._spec.batch):
-            while not self._copy(plan, row, buffer, goal):
-                failures += 1
-                self.redraws += 1
-                if failures > REDRAWS * self._spec.batch:
-                    raise DeadlineError(
-                        f"{failures} sequences drawn for one batch were gone when they were to be copied; "
-                        "check that the replay shards are alive and their disks readable"
-                    )
+        gone = self._copy(plan, range(self._spec.batch), buffer, goal)
+        while gone:
+            failures += len(gone)
+            self.redraws += len(gone)
+            if failures > REDRAWS * self._spec.batch:
+                raise DeadlineError(
+                    f"{failures} sequences drawn for one batch were gone when they were to be copied; "
+                    "check that the replay shards are alive and their disks readable"
+                )
+            for row in gone:
                 plan.replace(row, self._planner.plan(1))
+            gone = self._copy(plan, gone, buffer, goal)
         return self._finish(plan, buffer, goal)
 
     def state(self) -> dict[str, Any]:
@@ -82,41 +92,45 @@ class Sampler:
 
     # ---- copying ----------------------------------------------------------------------------------
 
-    def _copy(self, plan: Plan, row: int, buffer: BatchBuffer, goal: BatchBuffer | None) -> bool:
-        """Copy one sequence; False when it is gone."""
-        start, spec = plan.start[row], self._spec
-        runs = self._live(plan, row, start, spec.span)
-        if runs is None:
+    def _copy(
+        self, plan: Plan, rows: Iterable[int], buffer: BatchBuffer, goal: BatchBuffer | None
+    ) -> list[int]:
+        """Copy some sequences of a plan; returns those that are gone."""
+        streams = [pool.index.streams for pool in self._planner.pools]
+        span, plain, gone = self._spec.span, self._spec.step == 1, list[int]()
+        for row in rows:
+            start = plan.start[row]
+            runs = streams[plan.source[row]].get((plan.shard[row], plan.stream[row]))
+            if runs is None or not _covers(runs, start, span):
+                gone.append(row)
+                continue
+            target, at = buffer.sequences[row], 0
+            try:
+                if plain:
+                    for home, first, count in runs.pieces(start, span):
+                        home.copy_rows(target, at, first, count)
+                        at += count
+                else:
+                    self._copy_spread(runs, start, target)
+                    self._mark_skipped(plan, row, buffer)
+                if goal is not None and not self._copy_goal(runs, plan.goal[row], row, goal):
+                    gone.append(row)
+            except RowsGone:
+                gone.append(row)
+        return gone
+
+    def _copy_goal(self, runs: StreamRuns[Home], position: int, row: int, goal: BatchBuffer) -> bool:
+        if not _covers(runs, position, 1):
             return False
-        target = buffer.sequences[row]
-        try:
-            if spec.step > 1:
-                self._copy_spread(runs, start, target)
-                self._mark_skipped(plan, row, buffer)
-            else:
-                at = 0
-                for home, first, count in runs.pieces(start, spec.span):
-                    home.copy_rows(target, at, first, count)
-                    at += count
-            if goal is not None:
-                if self._live(plan, row, plan.goal[row], 1) is None:
-                    return False
-                (piece,) = runs.pieces(plan.goal[row], 1)
-                piece.home.copy_rows(goal.sequences[0], row, piece.first, 1)
-        except RowsGone:
-            return False
+        for home, first, _ in runs.pieces(position, 1):
+            home.copy_rows(goal.sequences[0], row, first, 1)
         return True
 
     def _live(self, plan: Plan, row: int, position: int, count: int) -> StreamRuns[Home] | None:
         """The runs that have these rows without a gap, None when some are gone."""
         index = self._planner.pools[plan.source[row]].index
         runs = index.streams.get((plan.shard[row], plan.stream[row]))
-        if runs is None:
-            return None
-        for lo, hi in runs.bounds:
-            if lo <= position and position + count <= hi:
-                return runs
-        return None
+        return runs if runs is not None and _covers(runs, position, count) else None
 
     def _copy_spread(self, runs: StreamRuns[Home], start: int, target: RowViews) -> None:
         step, at = self._spec.step, 0

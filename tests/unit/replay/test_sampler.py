@@ -85,7 +85,7 @@ def test_when_everything_is_gone_the_sampler_gives_up_after_a_bounded_number_of_
         home.gone = True
     with pytest.raises(DeadlineError, match="gone when they were to be copied"):
         sampler.draw()
-    assert sampler.redraws == 32 * 4 + 1
+    assert 32 * 4 < sampler.redraws <= 33 * 4
     for home in homes:
         index.drop(home)
     with pytest.raises(DeadlineError, match="no source has a sequence"):
