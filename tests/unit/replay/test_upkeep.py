@@ -14,6 +14,7 @@ from bench import damage
 from replay import layout, seal, synthetic
 from replay.layout import StoredSegment, Tier
 from replay.recovery import bytes_on_disk
+from replay.segment import Segment
 from replay.shard import ReplayShard
 from replay.view import TableView
 from system.errors import PreflightError
@@ -50,9 +51,10 @@ def test_full_segments_are_sealed_and_stay_readable_for_everybody(tmp_path: Path
         assert set(group.array_keys()) == {*TABLE.columns, "committed", "_slots", "_check"}
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / "vector")}}
         theirs = tensorstore.open(spec, read=True).result().read().result()
-        for slot, used in enumerate(group["committed"][:]):
-            start = int(group["_slots"][slot, 2])
-            wanted = rows(start, int(used)).columns["vector"] if used else theirs[slot, :0]
+        segment = Segment.open(path, TABLE)
+        for slot, used in enumerate(segment.committed.tolist()):
+            start = int(segment.slots[slot, 2])
+            wanted = rows(start, used).columns["vector"] if used else theirs[slot, :0]
             np.testing.assert_array_equal(theirs[slot, :used], wanted)
     shard.close()
 
