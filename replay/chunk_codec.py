@@ -9,6 +9,7 @@ unpacked ones doubles the time of unpacking.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, Literal
@@ -108,19 +109,26 @@ def _page_aligned(nbytes: int) -> Bytes:
     return whole[skip : skip + nbytes]
 
 
-class _Kept(threading.local):
-    """A decompression context per thread: making one anew takes 20 us, as long as half a chunk of frames."""
+class _Context:
+    """A decompression context: making one anew takes 20 us, as long as unpacking half a chunk of frames."""
 
     def __init__(self) -> None:
-        library = _library()
-        self.library = library
-        self.context = None if library is None else library.ZSTD_createDCtx()
+        self.library = _library()
+        self.handle = None if self.library is None else self.library.ZSTD_createDCtx()
 
     def __del__(self) -> None:
-        if self.library is not None and self.context:
-            self.library.ZSTD_freeDCtx(self.context)
+        if self.library is not None and self.handle:
+            self.library.ZSTD_freeDCtx(self.handle)
 
 
+class _PerThread(threading.local):
+    """One context per thread, freed with it."""
+
+    def __init__(self) -> None:
+        self.context = _Context()
+
+
+@functools.cache
 def _library() -> ctypes.CDLL | None:
     """The zstd inside numcodecs; None where its functions are hidden."""
     library = ctypes.CDLL(zstd.__file__)
@@ -135,19 +143,20 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-_kept = _Kept()
+_per_thread = _PerThread()
 
 
 def _decompress(body: Bytes, target: Bytes) -> None:
-    library: Any = _kept.library
-    if library is None or not _kept.context:
+    context = _per_thread.context
+    library: Any = context.library
+    if library is None or not context.handle:
         try:
             done = len(zstd.decompress(body, target))
         except RuntimeError as error:
             raise IntegrityError(f"chunk cannot be unpacked ({error}); take it from a copy") from error
     else:
         done = library.ZSTD_decompressDCtx(
-            _kept.context, target.ctypes.data, len(target), body.ctypes.data, len(body)
+            context.handle, target.ctypes.data, len(target), body.ctypes.data, len(body)
         )  # an error is a length beyond all others
     if done != len(target):
         raise IntegrityError(f"chunk must unpack to {len(target)} bytes, does not; take it from a copy")

@@ -154,7 +154,7 @@ def test_a_reader_follows_its_segments_through_the_tiers(tmp_path: Path, bucket:
         check(batch.columns, batch.ids.stream, batch.ids.start)
     assert shard.settle(60.0)
     assert tiers(tmp_path)["far"] >= 2
-    for _ in range(300):
+    for _ in range(160):
         batch = reader.sample(20.0)
         check(batch.columns, batch.ids.stream, batch.ids.start)
         starts.update(zip(batch.ids.stream.tolist(), (batch.ids.start // 46).tolist(), strict=True))
