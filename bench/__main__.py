@@ -20,7 +20,7 @@ from typing import Any
 from bench.load import Row
 from system.errors import DreamfleetError, InfrastructureError
 
-TABLED = ("replay", "learner", "weights", "collect")
+TABLED = ("replay", "cluster", "learner", "weights", "collect")
 """Benches that `all` runs."""
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_SECONDS = 3600.0
