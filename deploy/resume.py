@@ -20,7 +20,7 @@ from deploy.run_dir import RunDirectory
 from learner.checkpoint import CheckpointStore
 from replay import layout
 from replay.cut import Cut, take_cut
-from replay.restore import empty_trash, restore_exact
+from replay.restore import TRASH, empty_trash, restore_exact
 from system.errors import IntegrityError, PreflightError
 from system.metrics import Metrics
 from system.specs import EnvSpec
@@ -42,13 +42,14 @@ def prepare_replay(config: RunConfig, env_spec: EnvSpec, run_dir: RunDirectory) 
     refuses.
     """
     mode = config.replay.resume
-    if mode == "keep" or not (run_dir.replay / "table.json").exists():
-        return
-    _await_release(run_dir)
-    if mode == "exact":
-        _restore(config, run_dir)
-    else:
-        _empty(config, env_spec, run_dir)
+    if mode != "keep" and (run_dir.replay / "table.json").exists():
+        _await_release(run_dir)
+        if mode == "exact":
+            _restore(config, run_dir)
+        else:
+            _empty(config, env_spec, run_dir)
+    if (run_dir.replay / TRASH).exists():  # also what a killed run did not get to
+        threading.Thread(target=empty_trash, args=(run_dir.replay,), name="trash", daemon=True).start()
 
 
 def cut_of(name: str, meta: Mapping[str, Any]) -> Cut:
@@ -127,7 +128,6 @@ def _restore(config: RunConfig, run_dir: RunDirectory) -> None:
         returned_segments=done.returned,
         undone_rows=done.undone,
     )
-    threading.Thread(target=empty_trash, args=(run_dir.replay,), name="trash", daemon=True).start()
 
 
 def _empty(config: RunConfig, env_spec: EnvSpec, run_dir: RunDirectory) -> None:

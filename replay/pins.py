@@ -115,33 +115,32 @@ class PinStore:
         if begun := journals_of(root, 0):  # rows overwritten before the next pin belong to the newest
             self._journal = UndoJournal(begun[0])
 
-    def take(self, checkpoint: str) -> dict[str, Any]:
+    def take(self, checkpoint: str) -> dict[str, Any] | None:
         """The cut of this instant as a JSON value, held on disk for `checkpoint` until it is pruned.
 
         Costs directory entries for what changed since the last pin, no data. Overlays are held as they are
-        now: no other thread may write to them meanwhile.
-        Raises: PreflightError when the disk refuses or the shards evict too fast; IntegrityError.
+        now: no other thread may write to them meanwhile. None when a cut that need not be held cannot be had.
+        Raises: PreflightError when the disk refuses, a file is damaged, or the shards evict too fast.
         """
         if not self._hold:
-            return take_cut(self.root).to_json()
-        for _ in range(ATTEMPTS):
-            cut = take_cut(self.root)
             try:
-                entries = {
-                    shard: {
-                        name: self._hold_segment(layout.shard_dir(self.root, shard) / name, committed)
-                        for name, committed in about.segments.items()
-                    }
-                    for shard, about in cut.shards.items()
-                }
+                return take_cut(self.root).to_json()
+            except (PreflightError, IntegrityError) as error:
+                log.warning("checkpoint without a cut", extra={"why": str(error)})
+                return None
+        why = "segments were evicted under it; raise the replay capacity"
+        for _ in range(ATTEMPTS):
+            try:
+                cut = take_cut(self.root)
+                entries = self._hold_all(cut)
             except SegmentGone:
+                continue
+            except IntegrityError as error:  # its owner takes the damaged segment out
+                why = str(error)
                 continue
             self._publish(checkpoint, cut, entries)
             return cut.to_json()
-        raise PreflightError(
-            f"replay at {self.root} evicted segments during each of {ATTEMPTS} attempts to pin them; "
-            "raise the replay capacity"
-        )
+        raise PreflightError(f"replay at {self.root} could not be pinned in {ATTEMPTS} attempts: {why}")
 
     def prune(self, checkpoints: Collection[str]) -> None:
         """Release every pin whose checkpoint is not among `checkpoints`; its space returns in the background.
@@ -181,10 +180,20 @@ class PinStore:
 
     # ---- inside -----------------------------------------------------------------------------------
 
+    def _hold_all(self, cut: Cut) -> dict[int, dict[str, str]]:
+        """Entries of all segments of a cut. Raises: as `_hold_segment`."""
+        return {
+            shard: {
+                name: self._hold_segment(layout.shard_dir(self.root, shard) / name, committed)
+                for name, committed in about.segments.items()
+            }
+            for shard, about in cut.shards.items()
+        }
+
     def _hold_segment(self, segment: Path, committed: tuple[int, ...]) -> str:
         """Make sure that there is an entry for these rows of a segment; return its name.
 
-        Raises: SegmentGone when it was evicted or changed meanwhile.
+        Raises: SegmentGone when it was evicted or changed meanwhile; IntegrityError; PreflightError.
         """
         grows = not seal.is_sealed(segment)
         what = f"{segment.name} {grows} {committed}".encode()

@@ -105,7 +105,7 @@ class Life:
             progress=progress,
             cuts=self.pins,
         )
-        self.held.enter_context(closing(ticks))
+        self.held.callback(ticks.close)  # type: ignore[attr-defined]
         return ticks
 
     def kill(self) -> None:

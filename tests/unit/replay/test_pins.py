@@ -31,6 +31,12 @@ def open_shard(root: Path, index: int = 0, capacity: int = CAPACITY) -> ReplaySh
     return ReplayShard(root, index, TABLE, capacity_rows=capacity, segment_rows=128)
 
 
+def pinned(pins: PinStore, checkpoint: str) -> Cut:
+    cut = pins.take(checkpoint)
+    assert cut is not None
+    return Cut.from_json(cut)
+
+
 def insert(shard: ReplayShard, start: int, count: int, env: int = 0) -> None:
     shard.append([synthetic.rows(TABLE, StreamId(actor=0, env=env), start, count)], 10.0)
 
@@ -57,7 +63,7 @@ def train(reader: LocalReader, updates: int) -> list[dict[str, np.ndarray]]:
     for _ in range(updates):
         sequence = reader.sample(10.0)
         batches.append(copied(sequence))
-        latent = sequence.columns["latent"][:, 1:] * np.uint16(3) + np.uint16(7)
+        latent = np.asarray(sequence.columns["latent"], np.uint16)[:, 1:] * np.uint16(3) + np.uint16(7)
         priority = latent[:, :, 0].astype(np.float32)
         reader.write_back(
             WriteBack(ids=sequence.ids, offset=1, columns={"latent": latent}, priority=priority)
@@ -139,11 +145,11 @@ def test_exact_restore_brings_back_rows_and_latents_bit_for_bit(tmp_path: Path, 
         with closing(make_reader(tmp_path, pins)) as reader:
             train(reader, 10)
             state = deepcopy(reader.state())
-            cut = pins.take("000001-10")
+            cut = pinned(pins, "000001-10")
             straight = train(reader, 10)
             insert(shard, 1500, 4000)  # everything of the cut is evicted
             train(reader, 10)
-    restored = restore_exact(tmp_path, "000001-10", Cut.from_json(cut))
+    restored = restore_exact(tmp_path, "000001-10", cut)
     assert restored.rows == 1500
     assert restored.removed == 4000
     assert restored.returned > 0
@@ -160,7 +166,7 @@ def test_exact_restore_brings_back_rows_and_latents_bit_for_bit(tmp_path: Path, 
 def test_new_rows_after_a_restore_neither_meet_old_ones_nor_the_pin(tmp_path: Path, pins: PinStore) -> None:
     with closing(open_shard(tmp_path)) as shard:
         insert(shard, 0, 300)  # ends inside a segment
-        cut = Cut.from_json(pins.take("000001-1"))
+        cut = pinned(pins, "000001-1")
         insert(shard, 300, 200)
     for _ in range(2):  # the pin serves again, and after rows were written behind it
         restore_exact(tmp_path, "000001-1", cut)
@@ -182,14 +188,14 @@ def test_a_restore_goes_back_past_a_newer_pin_and_past_a_save_that_failed(
         insert(shard, 0, 600)
         with closing(make_reader(tmp_path, pins)) as reader:
             state = deepcopy(reader.state())
-            cut = pins.take("000001-0")
+            cut = pinned(pins, "000001-0")
             straight = train(reader, 6)
             pins.take("000002-6")  # its checkpoint was never published
             pins.prune(["000001-0"])
             train(reader, 6)
             pins.take("000002-12")
             train(reader, 6)
-    restore_exact(tmp_path, "000001-0", Cut.from_json(cut))
+    restore_exact(tmp_path, "000001-0", cut)
     with closing(open_shard(tmp_path)), closing(make_reader(tmp_path)) as reader:
         reader.load(state)
         assert_same(train(reader, 6), straight)
@@ -199,17 +205,35 @@ def test_exact_without_pins_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with closing(open_shard(tmp_path)) as shard:
         insert(shard, 0, 300)
         with closing(PinStore(tmp_path, hold=True)) as pins:
-            cut = Cut.from_json(pins.take("000001-1"))
+            cut = pinned(pins, "000001-1")
         with closing(PinStore(tmp_path, hold=False)) as released:
-            assert Cut.from_json(released.take("000002-2")) == cut
+            assert pinned(released, "000002-2") == cut
     with pytest.raises(IntegrityError, match=r"replay\.resume=keep"):
         restore_exact(tmp_path, "000001-1", cut)
+
+
+def test_a_damaged_ledger_only_postpones_a_pin(tmp_path: Path, pins: PinStore) -> None:
+    with closing(open_shard(tmp_path)) as shard:
+        insert(shard, 0, 300)
+        wanted = take_cut(tmp_path)
+        ledgers = {path: path.read_bytes() for path in (tmp_path / "shard-0000").glob("ledger*.json")}
+        next(iter(ledgers)).write_text("{")
+        assert take_cut(tmp_path) == wanted  # there are two
+        for path in ledgers:
+            path.write_text("{")
+        with pytest.raises(PreflightError, match="is damaged"):
+            pins.take("000001-1")
+        with closing(PinStore(tmp_path, hold=False)) as looking:
+            assert looking.take("000001-1") is None
+        for path, text in ledgers.items():
+            path.write_bytes(text)
+        assert pinned(pins, "000001-1") == wanted
 
 
 def test_a_restore_under_an_open_shard_is_refused(tmp_path: Path, pins: PinStore) -> None:
     with closing(open_shard(tmp_path)) as shard:
         insert(shard, 0, 300)
-        cut = Cut.from_json(pins.take("000001-1"))
+        cut = pinned(pins, "000001-1")
         with pytest.raises(PreflightError, match="owned by process"):
             restore_exact(tmp_path, "000001-1", cut)
 
@@ -217,7 +241,7 @@ def test_a_restore_under_an_open_shard_is_refused(tmp_path: Path, pins: PinStore
 def flat_rows(start: int, count: int) -> Chunk:
     """Rows whose wide column compresses."""
     chunk = synthetic.rows(WIDE, StreamId(actor=0, env=0), start, count)
-    return Chunk(stream=chunk.stream, columns=chunk.columns | {"vector": np.zeros((count, 256), np.float32)})
+    return Chunk(stream=chunk.stream, columns={**chunk.columns, "vector": np.zeros((count, 256), np.float32)})
 
 
 def tiers_of(root: Path) -> set[str]:
@@ -252,7 +276,7 @@ def test_a_pin_holds_segments_of_every_tier(tmp_path: Path, pins: PinStore, far:
             assert reader.settle(10.0)
             train(reader, 6)
             state = deepcopy(reader.state())
-            cut = Cut.from_json(pins.take("000001-6"))
+            cut = pinned(pins, "000001-6")
             straight = train(reader, 6)
             shard.append([flat_rows(1500, 4000)], 10.0)
             assert shard.settle(30.0)
