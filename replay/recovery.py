@@ -130,7 +130,7 @@ class _Rescue:
             elif not ends and number not in self._strangers:
                 self._unreadable.append(number)
             for end in ends:
-                if end.slot != UNKNOWN:
+                if end.good:
                     self._move_cursor(number, end)
             if any(end.claimed and not end.good for end in ends):  # whose rows they were is not proven
                 self._unreadable.append(number)
@@ -274,16 +274,12 @@ class _Rescue:
         stop = start + end.claimed
         if known is not None and stop <= known.position:
             return
-        torn = end.claimed > end.good
-        if end.last is not None:
-            cursors[key] = Cursor(
-                position=stop, incarnation=end.last[0], episode=end.last[1], step=end.last[2],
-                is_last=bool(end.last[3]), torn=torn,
-            )  # fmt: skip
-        elif known is not None:
-            cursors[key] = _torn(known, stop)
-        else:
-            cursors[key] = Cursor.unknown(stop)
+        assert end.last is not None, end
+        incarnation, episode, step, is_last = end.last
+        cursors[key] = Cursor(
+            position=stop, incarnation=incarnation, episode=episode, step=step, is_last=bool(is_last),
+            torn=end.claimed > end.good,
+        )  # fmt: skip
 
 
 def _slot_end(segment: Segment, slot: int, same_boot: bool) -> SlotEnd:

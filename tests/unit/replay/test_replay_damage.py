@@ -122,6 +122,24 @@ def test_damaged_rows_are_cut_off_after_power_loss_and_the_stream_goes_on(tmp_pa
     assert quarantined(directory)
 
 
+def test_repeated_power_loss_serves_nothing_wrong_and_counts_every_row(tmp_path: Path) -> None:
+    rng, sent = random.Random(7), dict.fromkeys(STREAMS, 0)
+    for _ in range(6):
+        shard = open_shard(tmp_path)
+        for _ in range(rng.randrange(1, 15)):
+            stream, count = rng.choice(STREAMS), rng.randrange(1, 90)
+            ack = shard.append([synthetic.rows(TABLE, stream, sent[stream], count)], 5.0)
+            assert ack.committed == count
+            sent[stream] += count
+        shard.close()
+        damage.power_loss(tmp_path, rng, rng.choice((0.02, 0.2, 0.7)))
+        shard = open_shard(tmp_path)
+        assert shard.settle(20.0)
+        assert shard.stats().inserted == sum(sent.values())
+        assert not damage.read_all(tmp_path, TABLE).wrong
+        shard.close()
+
+
 def test_the_same_boot_keeps_every_row(tmp_path: Path) -> None:
     filled(tmp_path, settle=False)
     shard = open_shard(tmp_path)
