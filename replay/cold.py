@@ -204,6 +204,7 @@ class About:
 
     geometry: Geometry
     number: int
+    replay_id: str
     codecs: Mapping[str, Codec]
 
     @classmethod
@@ -225,7 +226,8 @@ class About:
             raise _other_table(path, schema, table)
         if unknown := set(codecs.values()) - set(get_args(Codec)):
             raise IntegrityError(f"{path} has codecs {sorted(unknown)}, must be {get_args(Codec)}")
-        return cls(geometry=geometry, number=number, codecs=codecs)
+        replay_id = str(attributes.get("replay", ""))
+        return cls(geometry=geometry, number=number, replay_id=replay_id, codecs=codecs)
 
 
 def _other_table(path: Path, schema: str, table: TableSpec) -> SchemaError:
@@ -253,6 +255,7 @@ class ColdSegment:
         self.path = path
         self.geometry = about.geometry
         self.slot_rows = about.geometry.rows
+        self.replay_id = about.replay_id
         self.overlay = MappedOverlay(beside or path, table, about.geometry)
         self.wide_columns: dict[str, WideColumn] = {}
         self._packed: list[tuple[WideColumn, mmap.mmap]] = []

@@ -64,6 +64,11 @@ class EvolvedHome:
         self._parts: dict[int, tuple[RowViews, RowViews]] = {}  # by id of a target: it, and what is stored
 
     @property
+    def replay_id(self) -> str:
+        """As SegmentHome."""
+        return self._home.replay_id
+
+    @property
     def slot_rows(self) -> int:
         """As SegmentHome."""
         return self._home.slot_rows

@@ -209,6 +209,7 @@ class FarSegment:
         self.path = path
         self.geometry = about.geometry
         self.slot_rows = about.geometry.rows
+        self.replay_id = about.replay_id
         self.committed = np.asarray(manifest.committed, np.int64)  # [S]
         self.slots = np.asarray(manifest.slots, np.int64).reshape(-1, 3)
         self._store = store or open_store(str(extra["url"]))

@@ -154,14 +154,16 @@ class MappedShard:
         table: TableSpec,
         vetting: Vetting,
         *,
+        replay_id: str,
         openers: Mapping[str, OpenSegment] = OPENERS,
         metrics: Metrics | None = None,
     ) -> None:
-        """Follow shard `index`. Raises: FileNotFoundError while it is being made."""
+        """Follow shard `index` of replay `replay_id`. Raises: FileNotFoundError while it is being made."""
         self.index = index
         self._directory = directory
         self._table = table
         self._vetting = vetting
+        self._replay_id = replay_id
         self._openers = openers
         self._metrics = metrics
         self._catalog = Catalog(directory, writable=False)
@@ -300,8 +302,13 @@ class MappedShard:
         return settled
 
     def _open(self, path: Path) -> SegmentHome:
-        """Raises as OpenSegment, and IntegrityError for counters that cannot be."""
+        """Raises as OpenSegment, SchemaError for another replay's, IntegrityError for impossible counters."""
         home = self._openers[ending_of(path)](path, self._table)
+        if home.replay_id != self._replay_id:
+            raise SchemaError(
+                f"{path} belongs to replay {home.replay_id or 'unknown'}, not to {self._replay_id}; it was "
+                "moved here: bring it in with `dreamfleet replay import`"
+            )
         used = home.committed != 0
         names, counts = home.slots[used], home.committed[used]
         if len(names):

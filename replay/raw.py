@@ -40,6 +40,11 @@ class MappedSegment(MemoryHome):
         self.overlay_files = {**self.overlay, **checks}  # [S * T, ...]
 
     @property
+    def replay_id(self) -> str:
+        """As SegmentHome."""
+        return self.segment.replay
+
+    @property
     def slot_rows(self) -> int:
         """Rows of one slot (T)."""
         return self.segment.geometry.rows

@@ -97,6 +97,11 @@ class SegmentHome(Home, Protocol):
     """One segment in some tier; row r of slot s is row s * slot_rows + r of the home."""
 
     @property
+    def replay_id(self) -> str:
+        """The replay it was made for, which tells it from segments of others with the same schema."""
+        ...
+
+    @property
     def slot_rows(self) -> int:
         """Rows of one slot (T)."""
         ...

@@ -98,10 +98,10 @@ class TableView:
         Raises: SchemaError, IntegrityError or PreflightError as `layout.open_table`.
         """
         if foreign:
-            stored, _ = layout.read_table(root)
+            stored, self._replay_id = layout.read_table(root)
             check_readable(root, stored, table)
         else:
-            layout.open_table(root, stored or table)
+            self._replay_id = layout.open_table(root, stored or table)
         self._openers = evolving(OPENERS, stored, foreign=foreign) if stored is not None else OPENERS
         allow_many_files()
         self.root = root
@@ -207,6 +207,7 @@ class TableView:
                         number,
                         self.table,
                         self._vetting,
+                        replay_id=self._replay_id,
                         openers=self._openers,
                         metrics=self._metrics,
                     )

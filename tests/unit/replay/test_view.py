@@ -170,6 +170,18 @@ def test_a_segment_of_another_table_is_left_out(tmp_path: Path) -> None:
     view.release()
 
 
+def test_a_segment_of_another_replay_with_the_same_schema_is_left_out(tmp_path: Path) -> None:
+    directory, other = filled(tmp_path / "a"), filled(tmp_path / "b")
+    ours = segment(directory, 0)
+    shutil.rmtree(ours)
+    shutil.move(segment(other, 0), ours)
+    metrics = Metrics("run", "learner", 0)
+    view = TableView(tmp_path / "a", TABLE, 5, metrics=metrics)
+    assert bounds(view) == [(128, 300)]
+    assert metrics.value("replay_segments_skipped_total", reason="schema") == 1
+    view.release()
+
+
 def test_reading_goes_on_without_the_owner_and_with_the_next_one(tmp_path: Path) -> None:
     shard = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
     append(shard, 0, 90)
@@ -317,7 +329,8 @@ def test_rows_appended_while_their_segment_is_vetted_are_drawn(
     vetting, release = Vetting(), threading.Event()
     vetting.submit(99, lambda: np.full(1, release.wait(10.0), np.int64))
     index: StartIndex[Home] = StartIndex(5)
-    shard = MappedShard(layout.shard_dir(tmp_path, 0), 0, TABLE, vetting)
+    _, replay_id = layout.read_table(tmp_path)
+    shard = MappedShard(layout.shard_dir(tmp_path, 0), 0, TABLE, vetting, replay_id=replay_id)
     shard.refresh(index)
     assert (shard.unvetted, index.rows) == (1, 0)
     append(owner, 30, 20)
