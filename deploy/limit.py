@@ -114,7 +114,7 @@ class LimitKeeper:
             path.unlink(missing_ok=True)
             self._answer(asked, refused=str(error))
             return
-        self._limiter.request(train_ratio=asked["train_ratio"], tolerance_rows=asked["tolerance"])
+        self._limiter.request(train_ratio=asked.get("train_ratio"), tolerance_rows=asked.get("tolerance"))
         kept = self.keep(asked)
         self._run_dir.event("limit changed", **kept, applied=True)
         self._run_dir.write_json(self._run_dir.limit_answer, {"token": asked.get("token"), **kept})

@@ -175,7 +175,8 @@ class Governor:
     ) -> None:
         """Take the counters of the shards in sight; `stalled` while the learner has to wait for its batch."""
         for shard in shards:
-            self._inserted[shard.index] = shard.inserted
+            if shard.inserted or shard.index in self._inserted:  # not 0 for want of an answer so far
+                self._inserted[shard.index] = shard.inserted
             self._waiting[shard.index] = shard.waiting
         self.limiter.observe(self._tally.count(self._inserted), live, starts)
         if (rule := (self.limiter.prefilled, self.limiter.train_ratio)) != self._rule:
@@ -226,12 +227,12 @@ class Governor:
         """The ledger, for a checkpoint."""
         return {"limiter": self.limiter.state(), "tally": self._tally.state()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], *, unseen: bool = False) -> None:
         """Take up a saved ledger beside the shards as last observed (see `RateLimiter.load`)."""
         self._tally.load(state["tally"])
         limiter = self.limiter
         limiter.observe(self._tally.count(self._inserted), limiter.live, limiter.starts)
-        limiter.load(state["limiter"])
+        limiter.load(state["limiter"], unseen=unseen)
         self.grants.forget()
 
     def _who_waits(self, stalled: bool, now: float) -> Iterable[str]:

@@ -117,7 +117,8 @@ class RateLimiter:
 
     @property
     def prefilled(self) -> bool:
-        return self.inserted - self._origin_inserted >= self.prefill_rows
+        debt = min(self._origin_owed, 0.0)  # a ledger restarted while training was ahead had its prefill
+        return self.inserted - self._origin_inserted >= self.prefill_rows + debt
 
     def observe(self, inserted: int, live: int, starts: int) -> None:
         """Take the shards' totals: lifetime rows inserted, live rows, and legal starts among them."""
@@ -204,13 +205,13 @@ class RateLimiter:
             "origin_owed": self._origin_owed,
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], *, unseen: bool = False) -> None:
         """Take up a saved ledger beside the replay as last observed; the band follows this object's settings.
 
         Rows inserted after the save are owed as usual. When rows are missing (the replay or a shard of it
         was lost), the ledger is rebased so that what was owed then is owed now: a lost replay can
         neither stop training for good nor demand the collection of everything again. An empty
-        replay starts with a prefill.
+        replay starts with a prefill; `unseen` rows, not checked or heard of yet, say that it is not empty.
         """
         saved = RateLimiter(float(state["train_ratio"]), int(state["prefill_rows"]), 1 << 40, 1)
         saved.inserted, saved.trained = int(state["inserted"]), int(state["trained"])
@@ -222,11 +223,13 @@ class RateLimiter:
         self._origin_inserted, self._origin_trained = saved._origin_inserted, saved._origin_trained
         self._origin_owed = saved._origin_owed
         same = (saved.train_ratio, saved.prefill_rows) == (self.train_ratio, self.prefill_rows)
-        if self.live == 0:
+        if self.live == 0 and not unseen:
             self._origin_inserted, self._origin_trained = float(self.inserted), self.trained
             self._origin_owed = 0.0
         elif self.inserted < saved.inserted:
             self._rebase(min(max(owed, -self.tolerance_rows), self.tolerance_rows))
+            if not saved.prefilled:
+                self._origin_owed = 0.0  # the prefill goes on
         elif saved.prefilled and not same:
             self._rebase(owed + self.inserted - saved.inserted)
 

@@ -19,6 +19,8 @@ from system.errors import SchemaError
 
 FLOOR = 1e-6
 """Added to every priority: what was fully learned may still be drawn."""
+SCALED = (1e-30, 1e30)
+"""Bounds of a priority to the power of the exponent."""
 PART_BLOCKS = 1024
 """Blocks that are encoded together in the state; parts without news are not encoded again."""
 UNKNOWN = np.float32(-1.0)
@@ -160,7 +162,8 @@ class BlockPriorities:
         return int(live.size - live.sum())
 
     def _scale(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        return (values + np.float32(FLOOR)) ** np.float32(self._exponent)
+        # Beyond these bounds sums over blocks would be 0 or infinite, and every weight NaN.
+        return np.clip((values.astype(np.float64) + FLOOR) ** self._exponent, *SCALED).astype(np.float32)
 
     def _set(self, values: NDArray[np.float32], written: NDArray[np.int32]) -> None:
         known = values >= 0

@@ -212,7 +212,8 @@ class LocalReader:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state beside the replay as it is now (see `RateLimiter.load`)."""
         self._observe()
-        self.governor.load(state)
+        view = self._view
+        self.governor.load(state, unseen=view.unvetted > 0 or len(view.capacities()) < view.shards)
         self._sampler.load(state["sampler"])
 
     def settle(self, timeout: float) -> bool:

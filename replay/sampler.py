@@ -83,10 +83,10 @@ class Sampler:
         return self._planner.state() | {"plans": [asdict(plan) for plan in self._plans]}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up a state; plans made for other batches are left out."""
+        """Take up a state; plans made for other batches, or without the weights asked for, are left out."""
         self._planner.load(state)
-        plans = state["plans"] if self._planner.fits(state) else ()
-        self._plans = deque(Plan(**plan) for plan in plans)
+        plans = [Plan(**plan) for plan in state["plans"]] if self._planner.fits(state) else []
+        self._plans = deque(plan for plan in plans if plan.weight or not self._planner.weighted)
         for plan in self._plans:
             self._announce(plan)
 

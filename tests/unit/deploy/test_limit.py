@@ -105,6 +105,16 @@ def test_the_learner_refuses_what_was_put_there_by_hand(tmp_path: Path) -> None:
     assert [e["event"] for e in run_dir.events()] == ["limit refused"] * 4
 
 
+def test_a_request_that_names_only_the_ratio_changes_only_that(tmp_path: Path) -> None:
+    run_dir, config = run(tmp_path)
+    it = limiter(config)
+    tolerance = it.tolerance_rows
+    run_dir.limit_request.write_text('{"train_ratio": 77}')
+    LimitKeeper(run_dir, config, it).poll()
+    it.observe(0, 0, 0)
+    assert (it.train_ratio, it.tolerance_rows) == (77.0, tolerance)
+
+
 def test_a_silent_learner_is_reported_and_the_request_stays(tmp_path: Path) -> None:
     run_dir, _ = run(tmp_path)
     learner_says(run_dir, "running")

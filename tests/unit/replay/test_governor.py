@@ -323,6 +323,19 @@ def test_a_shard_out_of_sight_keeps_its_rows_and_lost_rows_are_not_owed_again() 
     assert again.count({0: 10, 1: 61, 2: 4}) == 180
 
 
+def test_a_shard_that_has_not_answered_yet_neither_loses_nor_inserts_rows() -> None:
+    near, far = Shard(0, inserted=1000), Shard(1, inserted=50_000)
+    old = Governor(RateLimiter(RATIO, 100, 400, 10), [near, far])
+    old.observe(0.0, [near, far], 2000, 2000)
+    new = Governor(RateLimiter(RATIO, 100, 400, 10), [near, far])
+    new.observe(0.0, [near, Shard(1)], 1000, 1000)
+    new.load(json.loads(json.dumps(old.state())))
+    assert new.limiter.inserted == 51_000
+    far.inserted += 7
+    new.observe(1.0, [near, far], 2000, 2000)
+    assert new.limiter.inserted == 51_007
+
+
 def test_seconds_are_booked_to_the_side_that_waited() -> None:
     books = WaitBooks()
     nobody, learner, actors = frozenset[str](), frozenset({"learner"}), frozenset({"actors"})

@@ -149,6 +149,40 @@ def test_a_lost_replay_is_prefilled_again_and_then_trained_at_once() -> None:
     assert new.trained == 399_600
 
 
+def test_rows_that_nobody_looked_at_yet_are_no_lost_replay() -> None:
+    old, new = limiter(), limiter()
+    old.observe(1000, 1000, 1000)
+    old.record(3600)
+    new.observe(1000, 0, 0)
+    new.load(old.state(), unseen=True)
+    assert (new.error, new.prefilled) == (0.0, True)
+
+
+def test_a_ledger_restarted_while_training_is_ahead_has_had_its_prefill() -> None:
+    it = limiter()
+    it.observe(1000, 1000, 1000)
+    it.record(3700)
+    it.adjust(train_ratio=8.0)
+    assert it.error == -200.0
+    assert it.prefilled
+    assert it.can_train(64)
+    longer = limiter(8.0, prefill=900)
+    longer.observe(1000, 1000, 1000)
+    longer.load(json.loads(json.dumps(it.state())))
+    assert (longer.error, longer.prefilled) == (-200.0, True)
+
+
+def test_a_prefill_goes_on_where_rows_of_it_were_lost() -> None:
+    old, new = limiter(), limiter()
+    old.observe(60, 60, 60)
+    new.observe(30, 30, 30)
+    new.load(old.state())
+    new.observe(69, 69, 69)
+    assert not new.prefilled
+    new.observe(70, 70, 70)
+    assert new.prefilled
+
+
 def test_changing_the_ratio_keeps_what_is_owed_and_forgets_nothing_else() -> None:
     it = limiter()
     it.observe(300, 300, 200)

@@ -130,6 +130,16 @@ def test_full_importance_weights_make_means_those_of_uniform_draws() -> None:
     assert picks.weight.mean() == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.parametrize(("exponent", "value"), [(2.0, 1e30), (8.0, 0.0)])
+def test_powers_beyond_float32_leave_finite_weights(exponent: float, value: float) -> None:
+    selector, starts = prioritized(exponent, 0.4)
+    for place in ((0, 0, 0), (0, 0, 64), (0, 0, 128), (1, 7, 64), (1, 7, 128)):
+        selector.write(starts, ids(place), 0, ones(1, 5, value), 1)
+    picks = selector.draw(np.random.default_rng(0), starts, 2000)
+    np.testing.assert_allclose(picks.weight, 1.0, rtol=1e-6)
+    assert len(set(zip(picks.shard.tolist(), picks.start.tolist(), strict=True))) == starts.total
+
+
 def test_with_a_half_life_what_is_known_fades_towards_the_best() -> None:
     selector, starts = prioritized(1.0, 0.4, half_life=10.0)
     before = selector.priorities.weights()[:5].copy()

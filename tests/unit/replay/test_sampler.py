@@ -130,6 +130,15 @@ def test_plans_of_other_batches_are_left_out() -> None:
     assert other.draw().shape == (5, 8)
 
 
+def test_plans_without_weights_are_left_out_once_weights_are_asked_for() -> None:
+    shares = {"prioritized": 1.0}
+    plain, _, _ = make(streams_of(2), shares=shares, importance=0.0)
+    plain.draw(ahead=2)
+    weighted, _, _ = make(streams_of(2), shares=shares, importance=0.4)
+    weighted.load(json.loads(json.dumps(plain.state())))
+    assert weighted.draw(ahead=2).weights is not None
+
+
 def test_planned_rows_that_were_evicted_are_replaced() -> None:
     homes = streams_of(2)
     sampler, index, _ = make(homes)

@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from replay import layout, synthetic
+from replay import follow, layout, synthetic
 from replay.ledger import write_ledger
 from replay.limiter import RateLimiter
+from replay.raw import MappedSegment
 from replay.reader import LocalReader
 from replay.shard import ReplayShard
 from replay.view import TableView
@@ -325,3 +326,36 @@ def test_a_shard_behaves_like_a_list_that_forgets_its_oldest_rows(
                     assert (columns["incarnation"][i], synthetic.row_number(columns)[i]) == (inc, number)
                     at += 1
     shard.close()
+
+
+def test_a_ledger_loaded_before_its_rows_were_vetted_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limiter() -> RateLimiter:
+        return RateLimiter(1.0, 100, 400, 10)
+
+    shard = open_shard(tmp_path)
+    shard.append([rows(0, 300)], 5.0)
+    reader = open_reader(tmp_path, [shard], limiter=limiter())
+    reader.sample(5.0)
+    state, owed = reader.state(), reader.limiter.error
+    reader.close()
+    shard.close()
+    release = threading.Event()
+    good_rows = MappedSegment.good_rows
+
+    def later(home: MappedSegment) -> np.ndarray:
+        release.wait(10.0)
+        return good_rows(home)
+
+    monkeypatch.setattr(follow, "AT_ONCE_NBYTES", 0)
+    monkeypatch.setattr(MappedSegment, "good_rows", later)
+    reader = open_reader(tmp_path, [], limiter=limiter())
+    assert reader.counts() == (300, 0)
+    reader.load(state)
+    release.set()
+    assert reader.settle(10.0)
+    assert reader.counts() == (300, 300)
+    assert (reader.limiter.error, reader.limiter.prefilled) == (owed, True)
+    reader.sample(5.0)
+    reader.close()
