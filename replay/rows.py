@@ -28,7 +28,7 @@ class RowViews:
     Slices, never fancy indices: on mapped memory those cost thirteen times as much.
     """
 
-    __slots__ = ("_tables", "addresses", "columns", "narrow", "nbytes", "rows", "sizes", "wide")
+    __slots__ = ("_tables", "addresses", "columns", "layout", "narrow", "nbytes", "rows", "sizes", "wide")
 
     def __init__(self, columns: Mapping[str, NDArray[Any]]) -> None:
         """The arrays must be contiguous and of equal length."""
@@ -36,6 +36,7 @@ class RowViews:
         self.columns = dict(columns)
         self.rows = min((len(a) for a in columns.values()), default=0)
         self.sizes = tuple(sizes.values())
+        self.layout = tuple(sizes.items())  # equal sizes alone would let columns of another order pass
         self._tables = (
             np.asarray([a.ctypes.data for a in columns.values()], np.uint64),  # [columns]
             np.asarray(self.sizes, np.int64),  # [columns]
@@ -52,11 +53,11 @@ class RowViews:
 
 def copy_rows(target: RowViews, at: int, source: RowViews, first: int, count: int) -> None:
     """Copy rows first .. first + count - 1 of `source` to row `at` of `target`, all columns."""
+    assert target.layout == source.layout, (target.layout, source.layout)
     gather = load_gather()
     if gather is None:
         copy_rows_by_numpy(target, at, source, first, count)
         return
-    assert target.sizes == source.sizes, (target.sizes, source.sizes)
     assert 0 <= first <= source.rows - count, (first, count, source.rows)
     assert 0 <= at <= target.rows - count, (at, count, target.rows)
     gather(len(target.sizes), target.addresses, source.addresses, target.nbytes, at, first, count)

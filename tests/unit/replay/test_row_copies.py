@@ -96,3 +96,15 @@ def test_copies_beyond_the_rows_are_refused() -> None:
     for at, first, count in ((0, 4, 6), (4, 0, 6), (-1, 0, 2), (0, -1, 2)):
         with pytest.raises(AssertionError):
             rows.copy_rows(target, at, source, first, count)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_columns_of_equal_sizes_in_another_order_are_not_copied(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(rows, "load_gather", lambda: None)
+    reward, step = np.ones(4, np.float32), np.arange(4, dtype=np.int32)
+    source, target = RowViews({"step": step, "reward": reward}), RowViews({"reward": reward, "step": step})
+    with pytest.raises(AssertionError, match="reward"):
+        rows.copy_rows(target, 0, source, 0, 4)
