@@ -6,7 +6,7 @@ of those who sent the rows: `deploy.audit` sets these books against what the act
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -87,26 +87,13 @@ class _Shard:
     findings: list[Finding]
 
 
-def open_table(root: Path) -> TableSpec:
-    """The schema of the replay at `root`. Raises: SchemaError without one, IntegrityError when damaged."""
-    value = layout.read_json(root / "table.json")
-    if value is None:
-        raise SchemaError(f"{root} holds no replay table (no table.json); give a run's replay directory")
-    try:
-        table = TableSpec.from_json(value["table"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise IntegrityError(f"{root / 'table.json'} is no valid schema ({error!r}); restore it") from error
-    layout.check_table(root, table)
-    return table
-
-
 def audit_replay(root: Path) -> ReplayBooks:
     """Read every committed row and balance it. Faults of the rows become findings.
 
     Raises: SchemaError, IntegrityError when there is no readable table; DeadlineError when a shard evicts
     faster than it can be read.
     """
-    table = open_table(root)
+    tables = layout.read_history(root).tables
     findings: list[Finding] = []
     rows: dict[tuple[StreamId, int], int] = {}
     positions: dict[StreamId, int] = {}
@@ -115,7 +102,7 @@ def audit_replay(root: Path) -> ReplayBooks:
     segments = inserted = live = evicted = 0
     indices = layout.shard_indices(root)
     for index in indices:
-        shard = _read_shard(layout.shard_dir(root, index), table)
+        shard = _read_shard(layout.shard_dir(root, index), tables)
         findings += shard.findings
         segments += shard.segments
         counted = lowest = 0
@@ -132,7 +119,7 @@ def audit_replay(root: Path) -> ReplayBooks:
                 what = f"the ledger knows {top} rows, the newest here is {top - short - 1}"
                 findings.append(_finding("missing", shard.name, stream, what, short))
             whole_from[stream] = max(whole_from.get(stream, 0), _whole_from(runs, top))
-            findings += _check_stream(shard.name, stream, runs, table, rows)
+            findings += _check_stream(shard.name, stream, runs, rows)
         inserted += counted
         evicted += shard.evicted
         findings += _check_ledger(shard, counted, lowest)
@@ -158,14 +145,14 @@ def _finding(kind: str, shard: str, stream: StreamId | None, what: str, rows: in
 # ---- reading a shard that may be alive ------------------------------------------------------------
 
 
-def _read_shard(directory: Path, table: TableSpec) -> _Shard:
+def _read_shard(directory: Path, tables: Sequence[TableSpec]) -> _Shard:
     for _ in range(ATTEMPTS):
         before = _ledger(directory)
         try:
             inserted = Catalog(directory, writable=False)["inserted"]
         except FileNotFoundError:
             inserted = 0
-        opened = _open_segments(directory, table, int(before.get("evicted_through", -1)))
+        opened = _open_segments(directory, tables, int(before.get("evicted_through", -1)))
         if opened is None or _ledger(directory).get("evicted_through") != before.get("evicted_through"):
             continue  # something was evicted meanwhile: these books would not balance
         segments, findings = opened
@@ -192,7 +179,7 @@ def _ledger(directory: Path) -> dict[str, Any]:
 
 
 def _open_segments(
-    directory: Path, table: TableSpec, evicted_through: int
+    directory: Path, tables: Sequence[TableSpec], evicted_through: int
 ) -> tuple[list[Segment], list[Finding]] | None:
     """Segments that are not evicted, oldest first, and those that cannot be read; None when one vanished."""
     segments: list[Segment] = []
@@ -201,7 +188,7 @@ def _open_segments(
         if number <= evicted_through:
             continue  # its eviction was interrupted; the owner finishes it when it reopens
         try:
-            segments.append(Segment.open(path, table))
+            segments.append(Segment.open(path, *tables))
         except FileNotFoundError:
             return None
         except (IntegrityError, SchemaError) as error:
@@ -270,7 +257,6 @@ def _check_stream(
     shard: str,
     stream: StreamId,
     runs: list[_Run],
-    table: TableSpec,
     counts: dict[tuple[StreamId, int], int],
 ) -> list[Finding]:
     """Identities, versions and contents of all live rows of one stream; counts its lives into `counts`."""
@@ -292,7 +278,7 @@ def _check_stream(
     for life, size in zip(lives.tolist(), sizes.tolist(), strict=True):
         counts[stream, life] = counts.get((stream, life), 0) + size
     for run in runs:
-        findings += _check_contents(shard, stream, run, table)
+        findings += _check_contents(shard, stream, run)
     return findings
 
 
@@ -344,8 +330,9 @@ def _name(rows: Mapping[str, NDArray[Any]], row: int) -> str:
     return "incarnation {} episode {} step {}".format(*(int(rows[name][row]) for name in IDENTITY))
 
 
-def _check_contents(shard: str, stream: StreamId, run: _Run, table: TableSpec) -> Iterator[Finding]:
+def _check_contents(shard: str, stream: StreamId, run: _Run) -> Iterator[Finding]:
     """The stored rows would be admitted again: dtypes, ranges, finite values, flags."""
+    table = run.segment.table
     rows = {name: run.column(name) for name in (*IDENTITY, *FLAGS)}
     same = rows["incarnation"][1:] == rows["incarnation"][:-1]
     cuts = np.flatnonzero(~(_follows(rows) & same)) + 1  # other faults of order have their own findings

@@ -1,12 +1,13 @@
 """Schema evolution: rows of an older schema read as rows of a newer one, without touching what is stored.
 
 A column only the newer schema has reads as its default; one only the older schema has is ignored
-(`replay.schema`). Wraps what opens segments of any tier (`replay.follow`) for views that ask for it.
+(`replay.schema`). Wraps what opens segments of any tier (`replay.follow`); `replay.history` says which
+schemas a table has had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from replay import layout
 from replay.episodes import FlagHome
 from replay.rows import RowViews
 from replay.schema import check_readable
+from system.errors import IntegrityError, PreflightError, SchemaError
 from system.specs import ACTION_MASK, ArraySpec, TableSpec
 
 if TYPE_CHECKING:
@@ -27,17 +30,52 @@ MAX_TARGETS = 32
 """Batches a reader copies into in turn; for each the columns of the older schema are picked once."""
 
 
-def evolving(
-    openers: Mapping[str, OpenSegment], found: TableSpec, *, foreign: bool
-) -> dict[str, OpenSegment]:
-    """Openers whose segments were written under schema `found` and are read under the one asked for."""
-    return {ending: partial(_open, opener, found, foreign) for ending, opener in openers.items()}
+def evolving(openers: Mapping[str, OpenSegment], root: Path, *, foreign: bool) -> dict[str, OpenSegment]:
+    """Openers that read segments of any schema the table at `root` has had under the one asked for.
+
+    Raises: as `layout.read_history`.
+    """
+    known = _Known(root)
+    return {ending: partial(_open, opener, known, foreign) for ending, opener in openers.items()}
 
 
-def _open(opener: OpenSegment, found: TableSpec, foreign: bool, path: Path, wanted: TableSpec) -> SegmentHome:
-    home = opener(path, found)
+class _Known:
+    """The schemas of a table; read again when a segment has another one: somebody may have evolved it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.history = layout.read_history(root)
+
+    def open(self, opener: OpenSegment, path: Path, wanted: TableSpec) -> tuple[SegmentHome, TableSpec]:
+        """A segment and its schema. Raises: as OpenSegment."""
+        try:
+            return self._try(opener, path, (wanted, *self.history.tables))
+        except SchemaError:
+            try:
+                history = layout.read_history(self._root)
+            except (IntegrityError, SchemaError, PreflightError):
+                history = self.history  # no fault of the segment
+            if history.tables == self.history.tables:
+                raise
+            self.history = history
+            return self._try(opener, path, self.history.tables)
+
+    @staticmethod
+    def _try(opener: OpenSegment, path: Path, tables: Sequence[TableSpec]) -> tuple[SegmentHome, TableSpec]:
+        *most, last = tables
+        for table in most:  # few, and each costs a look at the segment's own words
+            try:
+                return opener(path, table), table
+            except SchemaError:
+                continue
+        return opener(path, last), last
+
+
+def _open(opener: OpenSegment, known: _Known, foreign: bool, path: Path, wanted: TableSpec) -> SegmentHome:
+    home, found = known.open(opener, path, wanted)
     if found.digest == wanted.digest and not (foreign and found.overlay):
         return home
+    wanted = known.history.filled(wanted)
     return ForeignHome(home, found, wanted) if foreign else EvolvedHome(home, found, wanted)
 
 
@@ -49,6 +87,11 @@ def default_row(name: str, spec: ArraySpec, found: TableSpec) -> NDArray[Any]:
     return np.full(spec.shape, value, spec.dtype)
 
 
+def _alike(found: ArraySpec, wanted: ArraySpec | None) -> bool:
+    """Whether stored values are what is wanted; overlays of another shape are not, and begin as zeros."""
+    return wanted is not None and (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+
+
 class EvolvedHome:
     """A segment written under schema `found`, read as `wanted`: a SegmentHome with targets of `wanted`."""
 
@@ -56,10 +99,13 @@ class EvolvedHome:
         """Raises: SchemaError when `found` cannot be read as `wanted`."""
         check_readable("this segment", found, wanted)
         self._home, self._found, self._wanted = home, found, wanted
+        self._kept = {
+            name for name, spec in self._stored_columns().items() if _alike(spec, wanted.all.get(name))
+        }
         self._defaults = {
             name: default_row(name, spec, found)
             for name, spec in wanted.all.items()
-            if name not in self._kept(found)
+            if name not in self._kept
         }
         self._parts: dict[int, tuple[RowViews, RowViews]] = {}  # by id of a target: it, and what is stored
 
@@ -104,7 +150,8 @@ class EvolvedHome:
 
     def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:
         """As Home: 0 for a column the segment does not have."""
-        return self._home.write_overlay(name, first, values) if name in self._found.overlay else 0
+        ours = name in self._found.overlay and name in self._kept
+        return self._home.write_overlay(name, first, values) if ours else 0
 
     def good_rows(self) -> NDArray[np.int64]:
         """As SegmentHome."""
@@ -124,9 +171,9 @@ class EvolvedHome:
         """As `replay.undo.Overlaid`."""
         return getattr(self._home, "overlay_files", {})
 
-    def _kept(self, found: TableSpec) -> Mapping[str, ArraySpec]:
-        """The stored columns that are read."""
-        return found.all
+    def _stored_columns(self) -> Mapping[str, ArraySpec]:
+        """The stored columns that may be read."""
+        return self._found.all
 
     def _stored(self, target: RowViews) -> RowViews:
         """The columns of `target` that the segment has, in its order; those nobody wants go into scratch."""
@@ -135,7 +182,7 @@ class EvolvedHome:
             return known[1]
         columns = {
             name: target.columns[name]
-            if name in target.columns and name in self._kept(self._found)
+            if name in target.columns and name in self._kept
             else np.empty((target.rows, *spec.shape), spec.dtype)
             for name, spec in self._found.all.items()
         }
@@ -161,5 +208,5 @@ class ForeignHome(EvolvedHome):
         """None: nothing is ever overwritten."""
         return {}
 
-    def _kept(self, found: TableSpec) -> Mapping[str, ArraySpec]:
-        return found.columns
+    def _stored_columns(self) -> Mapping[str, ArraySpec]:
+        return self._found.columns

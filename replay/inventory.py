@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,32 +146,33 @@ def verify_replay(root: Path) -> tuple[int, list[Finding]]:
     """
     found: list[Finding] = []
     try:
-        table, _ = layout.read_table(root)
+        tables = layout.read_history(root).tables
     except (IntegrityError, SchemaError) as error:
         found.append(Finding(where="table.json", reason="table", what=str(error)))
-        table = carried_table(root)
+        carried = layout.carried_history(root)
+        tables = carried.tables if carried is not None else ()
     rows = 0
     for index in layout.shard_indices(root):
         directory = layout.shard_dir(root, index)
         found += _verify_small(directory)
         for stored in stored_in(directory, index):
-            good, damage = verify_segment(stored, table)
+            good, damage = verify_segment(stored, tables)
             rows += good
             where = str(stored.path.relative_to(root))
             found += [Finding(where=where, reason=d.reason, what=d.what) for d in damage]
     return rows, found
 
 
-def verify_segment(stored: StoredSegment, table: TableSpec | None) -> tuple[int, list[seal.Damage]]:
-    """Rows of a segment whose checks hold, and what is wrong with it. Changes nothing."""
+def verify_segment(stored: StoredSegment, tables: Sequence[TableSpec]) -> tuple[int, list[seal.Damage]]:
+    """Rows of a segment of one of these schemas whose checks hold, and what is wrong. Changes nothing."""
     path = stored.path
     try:
         if seal.is_sealed(path):
             damage = seal.verify(path)
             return (0 if damage else sum(seal.read_manifest(path).committed)), damage
-        if table is None:
+        if not tables:
             return 0, []
-        segment = Segment.open(path, table)
+        segment = Segment.open(path, *tables)
         good = [segment.good_rows(slot) for slot in range(segment.geometry.slots)]
         short = int(segment.committed.sum()) - sum(good)
         if short:
@@ -208,16 +208,17 @@ def repair_replay(root: Path) -> Repair:
     carries the schema that a damaged table.json held.
     """
     findings = _mend_table(root)
-    table, _ = layout.read_table(root)
+    history = layout.read_history(root)
+    table = history.table
     rows = lost = returned = 0
     for index in layout.shard_indices(root):
         directory = layout.shard_dir(root, index)
         layout.take_lock(directory).close()  # refused while it has an owner
-        _, before = verify_replay_shard(directory, index, table)
+        _, before = verify_replay_shard(directory, index, history.tables)
         findings += before
         back = _bring_back(directory)
         _doubt_everything(directory, index)
-        capacity, segment_rows = _geometry(directory, table)
+        capacity, segment_rows = _geometry(directory, history.tables)
         shard = ReplayShard(root, index, table, capacity_rows=capacity, segment_rows=segment_rows)
         try:
             if not shard.settle(SETTLE_SECONDS):
@@ -238,47 +239,31 @@ def _is_in(line: SegmentLine, numbers: set[int]) -> bool:
     return line.state != "quarantined" and line.name[:8].isdigit() and int(line.name[:8]) in numbers
 
 
-def verify_replay_shard(directory: Path, index: int, table: TableSpec) -> tuple[int, list[Finding]]:
+def verify_replay_shard(
+    directory: Path, index: int, tables: Sequence[TableSpec]
+) -> tuple[int, list[Finding]]:
     """As `verify_replay`, for one shard."""
     found, rows = list(_verify_small(directory)), 0
     for stored in stored_in(directory, index):
-        good, damage = verify_segment(stored, table)
+        good, damage = verify_segment(stored, tables)
         rows += good
         where = f"{directory.name}/{stored.path.name}"
         found += [Finding(where=where, reason=d.reason, what=d.what) for d in damage]
     return rows, found
 
 
-def carried_table(root: Path) -> TableSpec | None:
-    """The schema that most segments under `root` carry; None when none does."""
-    votes: Counter[str] = Counter()
-    tables: dict[str, TableSpec] = {}
-    for index in layout.shard_indices(root):
-        for stored in stored_in(layout.shard_dir(root, index), index):
-            try:
-                group = layout.read_json(stored.path / "zarr.json") if stored.path.is_dir() else None
-                about = (group or {})["attributes"]["replay"]
-                table = TableSpec.from_json(about["table"])
-            except (DreamfleetError, KeyError, TypeError, ValueError, AttributeError):
-                continue
-            if table.digest == about.get("schema"):
-                votes[table.digest] += 1
-                tables[table.digest] = table
-    return tables[votes.most_common(1)[0][0]] if votes else None
-
-
 def _mend_table(root: Path) -> list[Finding]:
     try:
         layout.read_table(root)
     except (IntegrityError, SchemaError) as error:
-        table = carried_table(root)
-        if table is None:
+        carried = layout.carried_history(root)
+        if carried is None:
             raise IntegrityError(
                 f"{root / 'table.json'} is damaged and no segment carries its schema ({error}); restore it "
                 "from a copy, or move the replay away to start an empty one"
             ) from error
         (root / "table.json").unlink(missing_ok=True)
-        layout.open_table(root, table)
+        layout.open_table(root, carried.table)
         return [Finding(where="table.json", reason="table", what="made again from the segments")]
     return []
 
@@ -315,7 +300,7 @@ def _doubt_everything(directory: Path, index: int) -> None:
         save_ledger(directory, ledger)
 
 
-def _geometry(directory: Path, table: TableSpec) -> tuple[int, int | None]:
+def _geometry(directory: Path, tables: Sequence[TableSpec]) -> tuple[int, int | None]:
     """Capacity and rows of a segment as shard.json has them, or as the segments tell."""
     try:
         about = layout.read_json(directory / "shard.json")
@@ -325,7 +310,7 @@ def _geometry(directory: Path, table: TableSpec) -> tuple[int, int | None]:
         pass
     for path in layout.segment_paths(directory).values():
         try:
-            return MUCH, Segment.open(path, table).geometry.total
+            return MUCH, Segment.open(path, *tables).geometry.total
         except (DreamfleetError, FileNotFoundError):
             continue
     return MUCH, None

@@ -1,6 +1,6 @@
 """Where a replay table lies on disk, and the few small JSON files beside its segments.
 
-<root>/table.json                      the schema, written once
+<root>/table.json                      the schema, and those it had before (`replay.history`)
 <root>/shard-0000/shard.json           geometry and capacity of this shard
 <root>/shard-0000/ledger.json          epoch, what was evicted, cursor of every stream; ledger.copy.json again
 <root>/shard-0000/catalog.bin          live counters, mapped by readers (`replay.catalog`)
@@ -19,19 +19,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from replay.schema import check_readable
+from replay.history import History, carried
 from system.errors import IntegrityError, PreflightError, SchemaError
 from system.specs import TableSpec
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of everything this package writes to disk."""
@@ -41,6 +46,8 @@ ADOPTED_NAME = re.compile(r"from-(\d{4,})")
 SCRATCH = ".scratch"
 QUARANTINE = "quarantine"
 VERIFIED = "verified.json"
+CHANGE_SECONDS = 10.0
+"""How long to wait for others who change table.json."""
 
 Tier = Literal["raw", "cold", "far"]
 SUFFIXES: dict[Tier, str] = {"raw": ".zarr", "cold": ".cold.zarr", "far": ".far.json"}
@@ -211,19 +218,20 @@ def _broken(path: Path, why: str) -> IntegrityError:
     )
 
 
-def open_table(root: Path, table: TableSpec) -> str:
+def open_table(root: Path, table: TableSpec, *, evolve: bool = False) -> str:
     """Make `root` a table of this schema, or check that it already is one; return the replay's id.
 
+    With `evolve` a table of another schema goes on under this one, when its rows can be read so; its former
+    schemas stay written down (`replay.history`). A table.json that is gone is made again from the segments.
     Raises: SchemaError when it holds another schema or format; IntegrityError when table.json is
     damaged; PreflightError when it cannot be read or written.
     """
     make_dir(root)
     path = root / "table.json"
     if not path.exists():
-        value = {"format": FORMAT, "digest": table.digest, "table": table.to_json()}
-        value["replay"] = _carried_id(root, table) or os.urandom(8).hex()
+        history = carried_history(root) or History(table=table, replay=os.urandom(8).hex())
         draft = root / f".table-{os.getpid()}-{os.urandom(4).hex()}"
-        write_json(draft, value)
+        write_json(draft, history.to_json(FORMAT))
         try:
             os.link(draft, path)  # fails when another shard was first: then its schema is compared
         except FileExistsError:
@@ -232,37 +240,63 @@ def open_table(root: Path, table: TableSpec) -> str:
             raise PreflightError(f"cannot write {path} ({error.strerror}); fix the replay root") from error
         finally:
             draft.unlink(missing_ok=True)
-    return check_table(root, table)
+    return check_table(root, table, evolve=evolve)
 
 
-def _carried_id(root: Path, table: TableSpec) -> str | None:
-    """The replay's id as its segments carry it: table.json may be made again from them."""
-    for index in shard_indices(root):
-        for segment in segment_paths(shard_dir(root, index)).values():
-            try:
-                about = ((read_json(segment / "zarr.json") or {}).get("attributes") or {}).get("replay")
-            except (IntegrityError, AttributeError):
-                continue
-            if isinstance(about, dict) and about.get("schema") == table.digest:
-                return str(about.get("replay"))
-    return None
+def carried_history(root: Path) -> History | None:
+    """The schemas that segments under `root` carry, all of one replay; None when none does."""
+    found: list[dict[str, Any]] = []
+    for directory in (shard_dir(root, index) for index in shard_indices(root)):
+        for place in (directory, *adopted_dirs(directory).values()):
+            for stored in stored_segments(place):
+                far = stored.tier == "far"
+                try:
+                    value = read_json(stored.path if far else stored.path / "zarr.json") or {}
+                    about = value["extra"]["attributes"] if far else value["attributes"]["replay"]
+                except (IntegrityError, KeyError, TypeError):
+                    continue
+                found += [about] if isinstance(about, dict) else []
+    return carried(found)
 
 
-def check_table(root: Path, table: TableSpec) -> str:
+def check_table(root: Path, table: TableSpec, *, evolve: bool = False) -> str:
     """Return the replay's id. Raises as `open_table`; SchemaError when there is no table at all."""
-    found, replay_id = read_table(root)
-    if found.digest != table.digest:
-        check_readable(root, found, table)  # says what is in the way
-        raise SchemaError(
-            f"replay at {root} has schema {found.digest[:12]} but this run writes {table.digest[:12]} "
-            f"(stored: {', '.join(sorted(found.all))}; wanted: {', '.join(sorted(table.all))}); choose another "
-            "replay root, read this one as one of replay.sources, or run with the settings that made it"
-        )
-    return replay_id
+    history = read_history(root)
+    if history.under(table, root, evolve=evolve) is not history:
+        with _changing(root):
+            history = read_history(root)  # another shard may have been first
+            after = history.under(table, root, evolve=evolve)
+            if after is not history:  # on the device before any segment of the new schema
+                write_json(root / "table.json", after.to_json(FORMAT), durable=True)
+                changes = {"schema": after.table.digest[:12], "former": history.table.digest[:12]}
+                log.warning("replay goes on under another schema", extra={"root": str(root), **changes})
+    return history.replay
+
+
+@contextlib.contextmanager
+def _changing(root: Path) -> Iterator[None]:
+    """Alone among those who change table.json. Raises: PreflightError after CHANGE_SECONDS."""
+    deadline = time.monotonic() + CHANGE_SECONDS
+    with (root / ".table.lock").open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise PreflightError(f"{file.name} is held by another process; try again") from error
+            time.sleep(0.01)
+        yield
 
 
 def read_table(root: Path) -> tuple[TableSpec, str]:
-    """Schema and id of the replay at `root`.
+    """Present schema and id of the replay at `root`. Raises: as `read_history`."""
+    history = read_history(root)
+    return history.table, history.replay
+
+
+def read_history(root: Path) -> History:
+    """All schemas and the id of the replay at `root`.
 
     Raises: SchemaError when there is none or it has another format; IntegrityError when it is damaged.
     """
@@ -276,12 +310,9 @@ def read_table(root: Path) -> tuple[TableSpec, str]:
             "use the version that wrote it or another replay root"
         )
     try:
-        found = TableSpec.from_json(value["table"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _broken(path, f"no valid schema: {error!r}") from error
-    if found.digest != value.get("digest"):
-        raise _broken(path, "schema and digest disagree")
-    return found, str(value.get("replay", ""))
+        return History.from_json(value)
+    except ValueError as error:
+        raise _broken(path, str(error)) from error
 
 
 def take_lock(directory: Path) -> IO[str]:

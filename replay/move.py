@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -102,8 +102,10 @@ def move_all(source: Giver, target: Taker, room_rows: int) -> int:
     return moved
 
 
-def copy_in(source: Path, directory: Path, shard: int, schema: str, replay: str) -> Entry | None:
+def copy_in(source: Path, directory: Path, shard: int, schemas: Collection[str], replay: str) -> Entry | None:
     """Publish a checked copy of the segment at `source` in `directory` of shard `shard`; None when it has it.
+
+    `schemas`: digests of those that its table has had.
 
     Raises: FileNotFoundError when it is gone or not sealed; IntegrityError when it is damaged; SchemaError
     when it is another table's; ConfigError when it cannot be taken; PreflightError when the disk refuses.
@@ -111,7 +113,7 @@ def copy_in(source: Path, directory: Path, shard: int, schema: str, replay: str)
     manifest = seal.read_manifest(source)
     if manifest.tier == "far":
         raise ConfigError(f"{source} lies in an object store and must stay with its shard")
-    if (manifest.schema, manifest.replay) != (schema, replay):
+    if manifest.schema not in schemas or manifest.replay != replay:
         raise SchemaError(f"{source} belongs to another table; import it with `dreamfleet replay import`")
     if manifest.origin == shard:
         raise ConfigError(f"{source} holds rows of shard {shard} itself; it must stay elsewhere")

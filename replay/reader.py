@@ -118,6 +118,7 @@ class LocalReader:
         own_weight: float = 1.0,
         remotes: Iterable[ShardView] = (),
         ring: int = 3,
+        evolve: bool = False,
         before_overwrite: Callable[[Home, int, int], None] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
@@ -127,6 +128,7 @@ class LocalReader:
         read as `table` (`replay.schema`), mixed into every batch beside the run's own rows of weight
         `own_weight`; source k of a sequence is the k-th of them, 0 the run's own. When some of their rows
         have no actions, sequences have an `action_mask` [B, T]. `remotes` are shards on other nodes.
+        `evolve` as for `layout.open_table`.
 
         Raises: ConfigError when the limiter could deadlock with this batch or a shard is too small for it;
         SchemaError, IntegrityError, PreflightError as `layout.open_table`.
@@ -138,7 +140,9 @@ class LocalReader:
         self.dropped_write_backs = self.dropped_priorities = 0
         self._before_overwrite = before_overwrite  # e.g. PinStore.before
         stored, table = table, masked(table, source_tables(sources or {}))
-        self._view = TableView(root, table, spec.span, stored=stored, remotes=remotes, metrics=metrics)
+        self._view = TableView(
+            root, table, spec.span, stored=stored, remotes=remotes, evolve=evolve, metrics=metrics
+        )
         self._others = [open_source(name, path, table, spec) for name, (path, _) in (sources or {}).items()]
         indices = [(self._view.index, own_weight)]
         weights = [weight for _, weight in (sources or {}).values()]

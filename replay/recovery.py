@@ -202,8 +202,8 @@ class _Rescue:
         return entry, slot_ends(manifest)
 
     def _take_unsealed(self, stored: StoredSegment, place: Path) -> tuple[Entry, list[SlotEnd]]:
-        segment = Segment.open(stored.path, self._format.table, writable=True)
-        self._require_ours(stored, self._format.table.digest, segment.replay)
+        segment = Segment.open(stored.path, *self._format.tables, writable=True)
+        self._require_ours(stored, segment.table.digest, segment.replay)
         if segment.number != stored.number:
             raise IntegrityError(f"{stored.path} says it is segment {segment.number}; it was renamed")
         ends = [_slot_end(segment, slot, self._same_boot) for slot in range(segment.geometry.slots)]
@@ -219,15 +219,17 @@ class _Rescue:
             for slot, end in enumerate(ends):  # complete rows whose commit word never came
                 segment.committed[slot] = end.good
         rows = sum(end.good for end in ends)
+        ours = segment.table.digest == self._format.table.digest
+        nbytes = self._format.nbytes if ours else bytes_on_disk(stored.path)
         entry = Entry(
-            stored=stored, rows=rows, nbytes=self._format.nbytes, committed=(), segment=segment, born=born
+            stored=stored, rows=rows, nbytes=nbytes, committed=(), segment=segment, born=born
         )  # fmt: skip
         return entry, [end for end in ends if end.claimed]
 
     def _require_ours(self, stored: StoredSegment, schema: str, replay: str) -> None:
-        table = self._format.table
-        if schema != table.digest:
-            raise SchemaError(f"{stored.path} has schema {schema[:12]}, its table {table.digest[:12]}")
+        known = [table.digest for table in self._format.tables]
+        if schema not in known:
+            raise SchemaError(f"{stored.path} has schema {schema[:12]}, its table {known[0][:12]}")
         if replay != self._format.replay_id:
             raise SchemaError(
                 f"{stored.path} belongs to replay {replay or 'unknown'}, not to {self._format.replay_id}; "
@@ -251,7 +253,7 @@ class _Rescue:
         words.unlink()
         words.write_bytes(np.asarray(good, "<i8").tobytes())
         quarantine(place, stored.path, "rows", "cut back to its good rows", self._metrics)
-        segment = Segment.open(draft, self._format.table, writable=True)
+        segment = Segment.open(draft, *self._format.tables, writable=True)
         segment.publish(place)
         entry = layout.StoredSegment(
             path=segment.path, number=stored.number, epoch=self._found.ledger.epoch + 1, tier="raw",

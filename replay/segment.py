@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,11 @@ Arrays = dict[str, NDArray[Any]]
 class SegmentFormat:
     """Stamps segments of one table and geometry; the Zarr metadata is made once, by zarr itself."""
 
-    def __init__(self, table: TableSpec, geometry: Geometry, replay_id: str = "") -> None:
-        """`replay_id` tells segments of this replay from those of others with the same schema."""
-        self.table = table
+    def __init__(
+        self, table: TableSpec, geometry: Geometry, replay_id: str = "", former: Iterable[TableSpec] = ()
+    ) -> None:
+        """`replay_id` tells segments of this replay from others' of the same schema; `former` ones it had."""
+        self.table, self.tables = table, (table, *former)
         self.replay_id = replay_id
         self.geometry = geometry
         for name, spec in table.all.items():
@@ -227,8 +229,8 @@ class Segment:
         )
 
     @classmethod
-    def open(cls, path: Path, table: TableSpec, *, writable: bool = False) -> Segment:
-        """Map a published segment.
+    def open(cls, path: Path, *tables: TableSpec, writable: bool = False) -> Segment:
+        """Map a published segment that has one of these schemas.
 
         Raises: FileNotFoundError when it was evicted meanwhile; IntegrityError when it is damaged;
         SchemaError when it belongs to another table.
@@ -241,14 +243,12 @@ class Segment:
             schema, number = about["schema"], int(about["number"])
             geometry = Geometry(slots=int(about["slots"]), rows=int(about["rows"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise IntegrityError(
-                f"{path}/zarr.json lacks replay attributes ({error!r}); {_REMEDY}"
-            ) from error
-        if schema != table.digest:
-            raise SchemaError(
-                f"segment {path} has schema {schema[:12]}, its table {table.digest[:12]}; it was moved here "
-                "from another replay: move it away"
-            )
+            what = f"{path}/zarr.json lacks replay attributes ({error!r}); {_REMEDY}"
+            raise IntegrityError(what) from error
+        table = next((known for known in tables if known.digest == schema), None)
+        if table is None:
+            what = f"segment {path} has schema {schema!s:.12}, its table {tables[0].digest[:12]}"
+            raise SchemaError(f"{what}; it was moved here from another replay: move it away")
         segment = cls(path, table, geometry, number=number, writable=writable)
         segment.replay = str(about.get("replay", ""))
         return segment

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay import layout
-from replay.follow import MappedShard
+from replay.evolve import evolving
+from replay.follow import OPENERS, MappedShard
 from replay.index import StartIndex
 from replay.messages import RowCodec
 from replay.rows import Home, RowsGone, RowViews
@@ -42,12 +43,15 @@ class ServedRows:
     def __init__(self, directory: Path, index: int, codec: RowCodec) -> None:
         """Raises: FileNotFoundError when the shard has not been made; as `layout.read_table`."""
         _, replay_id = layout.read_table(directory.parent)
+        openers = evolving(OPENERS, directory.parent, foreign=False)
         self.life = secrets.randbits(63) | 1
         self._codec = codec
         self._lock = threading.Lock()
         self._index: StartIndex[Home] = StartIndex(1)
         self._vetting = Vetting()
-        self._shard = MappedShard(directory, index, codec.table, self._vetting, replay_id=replay_id)
+        self._shard = MappedShard(
+            directory, index, codec.table, self._vetting, replay_id=replay_id, openers=openers
+        )
 
     def fragments(self, life: int, version: int) -> tuple[int, NDArray[np.int64] | None]:
         """The version of what is live, and the fragments [F, 4] unless `version` of `life` is still true."""

@@ -17,7 +17,7 @@ from typing import Protocol
 from replay import layout
 from replay.admission import check_chunk, leaves_gap, rows_known, stream_key
 from replay.credits import UNLIMITED
-from replay.geometry import choose_geometry
+from replay.geometry import Geometry, choose_geometry
 from replay.layout import StoredSegment
 from replay.log import SegmentLog
 from replay.move import copy_in, holders, was_moved
@@ -80,6 +80,7 @@ class ReplayShard:
         scrub_seconds: float = 0.0,
         stages: Sequence[Stage] = (),
         initial_grant: int = UNLIMITED,
+        evolve: bool = False,
         metrics: Metrics | None = None,
     ) -> None:
         """Open or create shard `index` of the table at `root`.
@@ -87,17 +88,17 @@ class ReplayShard:
         `capacity_rows` live rows, `capacity_bytes` on disk and segments up to `max_age_seconds` are kept, the
         oldest segments leave first; `initial_grant` lifetime rows may be inserted before the first `grant`,
         i.e. this shard's part of the prefill. `stages` work over sealed segments; `durability` says what
-        acknowledged rows survive (`replay.upkeep`). Damage that an earlier life left costs rows, not the
-        shard: it is quarantined, counted and logged.
+        acknowledged rows survive (`replay.upkeep`); `evolve` as for `layout.open_table`. Damage that an
+        earlier life left costs rows, not the shard: it is quarantined, counted and logged.
 
         Raises: ConfigError, SchemaError, PreflightError, each naming what to do; IntegrityError when
         table.json is damaged.
         """
         geometry = choose_geometry(table.row_nbytes, capacity_rows, segment_rows)
-        fmt = SegmentFormat(table, geometry, layout.open_table(root, table))
+        fmt = _open_format(root, table, geometry, evolve=evolve)
         layout.make_dir(directory := layout.shard_dir(root, index))
         self.index = index
-        self.table = table
+        self.table = fmt.table
         self.directory = directory
         self.capacity_rows = capacity_rows
         self._lock_file = layout.take_lock(directory)
@@ -207,7 +208,8 @@ class ReplayShard:
         """
         with self._adopting:
             replay_id = self._log.format.replay_id
-            entry = copy_in(segment, self.directory, self.index, self.table.digest, replay_id)
+            schemas = {table.digest for table in self._log.format.tables}
+            entry = copy_in(segment, self.directory, self.index, schemas, replay_id)
             if entry is None:
                 return 0
             with self._changed:
@@ -348,6 +350,14 @@ class ReplayShard:
         self._metrics["replay_rows"].set(self._log.rows)
         self._metrics["replay_bytes"].set(self._log.nbytes)
         self._metrics["replay_segments"].set(self._log.segments)
+
+
+def _open_format(root: Path, table: TableSpec, geometry: Geometry, *, evolve: bool) -> SegmentFormat:
+    """Open or make the table; what its segments look like from now on, and looked like before."""
+    layout.open_table(root, table, evolve=evolve)
+    history = layout.read_history(root)
+    former = [other for other in history.tables if other.digest != table.digest]
+    return SegmentFormat(history.filled(table), geometry, history.replay, former)
 
 
 def _open_log(

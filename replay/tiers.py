@@ -58,7 +58,7 @@ class ColdStage:
             return None
         scratch.mkdir(exist_ok=True)
         draft = scratch / layout.tier_path(segment.path, "cold").name
-        return write_cold(raw, self._table, plan, draft), "cold"
+        return write_cold(raw, raw.table, plan, draft), "cold"
 
 
 class FarStage:
@@ -106,11 +106,12 @@ class FarStage:
         if temporary:  # what does not shrink, or is not to be compressed on this disk
             raw = _open_sound(segment, self._table, self._stays)
             cold = scratch / layout.tier_path(segment.path, "cold").name
-            write_cold(raw, self._table, plan_codecs(raw), cold)
+            write_cold(raw, raw.table, plan_codecs(raw), cold)
         try:
             manifest = shelf.upload(cold, name)
             draft = scratch / layout.tier_path(segment.path, "far").name
-            write_far(cold, manifest, self._table, draft)
+            schemas = {table.digest: table for table in _schemas(segment.path, self._table)}
+            write_far(cold, manifest, schemas[manifest.schema], draft)
         finally:
             if temporary:
                 layout.remove((cold,))
@@ -173,4 +174,12 @@ def _open_sound(segment: StoredSegment, table: TableSpec, damaged: set[Path]) ->
         damaged.add(segment.path)
         report_damage(segment.path, found[0].what)
         raise IntegrityError(f"{segment.path} is damaged ({found[0].what}); the next scrub takes it out")
-    return Segment.open(segment.path, table)
+    return Segment.open(segment.path, *_schemas(segment.path, table))
+
+
+def _schemas(segment: Path, table: TableSpec) -> tuple[TableSpec, ...]:
+    """All schemas of the table that a published segment lies in; `table` where there is none."""
+    for root in segment.parents[1:3]:  # adopted segments lie a directory deeper
+        if (root / "table.json").exists():
+            return layout.read_history(root).tables
+    return (table,)

@@ -188,7 +188,7 @@ class Upkeep:
     def _seal(self, entry: Entry) -> None:
         segment = entry.segment
         if segment is None:
-            segment = Segment.open(entry.path, self._log.format.table)
+            segment = Segment.open(entry.path, *self._log.format.tables)
         damage = check_entry(entry)
         if damage is not None:
             with self._lock:

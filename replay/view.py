@@ -88,6 +88,7 @@ class TableView:
         remotes: Iterable[ShardView] = (),
         stored: TableSpec | None = None,
         foreign: bool = False,
+        evolve: bool = False,
         metrics: Metrics | None = None,
     ) -> None:
         """Follow the shards under `root` and `remotes` for sequences of `length` rows.
@@ -95,14 +96,17 @@ class TableView:
         A shard that lies under `root` is read there, even if `remotes` has it too. `stored` is the
         schema on disk where rows are read under another. A `foreign` table must exist and may have any schema
         that can be read as `table` (`replay.schema`); its overlays read as zeros and are never written.
+        `evolve` as for `layout.open_table`.
         Raises: SchemaError, IntegrityError or PreflightError as `layout.open_table`.
         """
         if foreign:
-            stored, self._replay_id = layout.read_table(root)
-            check_readable(root, stored, table)
+            history = layout.read_history(root)
+            stored, self._replay_id = history.table, history.replay
+            for found in history.tables:
+                check_readable(root, found, history.filled(table))
         else:
-            self._replay_id = layout.open_table(root, stored or table)
-        self._openers = evolving(OPENERS, stored, foreign=foreign) if stored is not None else OPENERS
+            self._replay_id = layout.open_table(root, stored or table, evolve=evolve)
+        self._openers = evolving(OPENERS, root, foreign=foreign)
         allow_many_files()
         self.root = root
         self.table = table

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -216,6 +216,10 @@ class TableSpec:
 
     @property
     def digest(self) -> str:
-        """Hex sha256 of the canonical JSON: equal schemas, equal digests."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        """Hex sha256 of the canonical JSON: equal schemas, equal digests. Defaults change no stored row."""
+        plain = TableSpec(
+            columns={k: replace(v, default=None) for k, v in self.columns.items()},
+            overlay={k: replace(v, default=None) for k, v in self.overlay.items()},
+        )
+        text = json.dumps(plain.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
