@@ -2,7 +2,8 @@
 
 `_check` [S, T, 2] of a segment holds, at the last row of an append, (crc32c of its identity and bytes, its
 rows): every committed row is covered from the moment it is committed. Overlay columns change row by row, so
-each row has a checksum of its own, made by numpy for many rows at once.
+each row has a checksum of its own, made by numpy for many rows at once. Its weights are those of the replay
+and the segment: latents of another one fail.
 
 Order of the bytes: columns of <= 256 bytes per row by name, then the wider ones by name; each column's rows
 follow each other. It depends on the schema alone, not on the order in which somebody lists it.
@@ -90,8 +91,9 @@ class OverlayCheck:
     sum of w_i x_i modulo 2^32 over the row's 32-bit words, all w_i odd: any change within one word shows.
     """
 
-    def __init__(self, overlay: Mapping[str, ArraySpec]) -> None:
-        weights = np.random.default_rng(0x0DDC0DE)
+    def __init__(self, overlay: Mapping[str, ArraySpec], replay_id: str, number: int) -> None:
+        """For segment `number` of one replay: the rows of any other fail."""
+        weights = np.random.default_rng([0x0DDC0DE, number % 2**64, google_crc32c.value(replay_id.encode())])
         self._weights: dict[str, NDArray[np.uint32]] = {
             name: weights.integers(0, 1 << 31, -(-overlay[name].nbytes // 4), dtype=np.uint32) * 2 + 1
             for name in sorted(overlay)

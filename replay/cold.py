@@ -229,6 +229,10 @@ class About:
         replay_id = str(attributes.get("replay", ""))
         return cls(geometry=geometry, number=number, replay_id=replay_id, codecs=codecs)
 
+    def overlay(self, segment: Path, table: TableSpec) -> MappedOverlay:
+        """Map the overlay beside the segment. Raises: as `map_file`."""
+        return MappedOverlay(segment, table, self.geometry, replay_id=self.replay_id, number=self.number)
+
 
 def _other_table(path: Path, schema: str, table: TableSpec) -> SchemaError:
     return SchemaError(
@@ -256,7 +260,7 @@ class ColdSegment:
         self.geometry = about.geometry
         self.slot_rows = about.geometry.rows
         self.replay_id = about.replay_id
-        self.overlay = MappedOverlay(beside or path, table, about.geometry)
+        self.overlay = about.overlay(beside or path, table)
         self.wide_columns: dict[str, WideColumn] = {}
         self._packed: list[tuple[WideColumn, mmap.mmap]] = []
         plain: dict[str, NDArray[Any]] = {}

@@ -31,7 +31,7 @@ from replay.chunked import TieredRows, WideColumn, read_index
 from replay.cold import About, sync, sync_tree
 from replay.cut import segment_key
 from replay.object_store import ObjectStore, StoreError, open_store
-from replay.overlay import MappedOverlay, map_rows
+from replay.overlay import map_rows
 from replay.quarantine import report_damage
 from replay.read_ahead import ReadAhead, shared_read_ahead
 from replay.rows import RowsGone, RowViews
@@ -227,7 +227,7 @@ class FarSegment:
             fetch = functools.partial(self._fetch, key)
             column = WideColumn(spec.nbytes, about.codecs[name], index, fetch, SCRATCH, mapped=False)
             self._wide[name] = (key, column)
-        self.overlay = MappedOverlay(path, table, about.geometry)
+        self.overlay = about.overlay(path, table)
         self.overlay_key = segment_key(path)
         self.overlay_files = self.overlay.files
         self._is_first = plain.get("is_first")

@@ -58,14 +58,16 @@ def map_rows(path: Path, spec: ArraySpec, rows: int, *, writable: bool = False) 
 class MappedOverlay:
     """Overlay columns [S * T, ...] of one segment, writable, with a checksum per row."""
 
-    def __init__(self, segment: Path, table: TableSpec, geometry: Geometry) -> None:
+    def __init__(
+        self, segment: Path, table: TableSpec, geometry: Geometry, *, replay_id: str, number: int
+    ) -> None:
         """Map the overlay beside `segment`, whatever its tier. Raises: as `map_file`."""
         self._group = group = layout.overlay_path(segment)
         self.columns: dict[str, NDArray[Any]] = {
             name: map_rows(data_path(group, name, 2 + len(spec.shape)), spec, geometry.total, writable=True)
             for name, spec in table.overlay.items()
         }
-        self._sum = OverlayCheck(table.overlay)
+        self._sum = OverlayCheck(table.overlay, replay_id, number)
         self.check = np.zeros(geometry.total, np.uint32)  # [S * T]
         if table.overlay:
             found = map_file(data_path(group, CHECK, 2), 4 * geometry.total, writable=True)

@@ -61,7 +61,6 @@ class SegmentFormat:
         self._indices = {
             name: shard_index(geometry, CHUNK_ROWS * spec.nbytes) for name, spec in table.all.items()
         }
-        self._checks = AppendCheck(table), OverlayCheck(table.overlay)
         data = geometry.total * (table.row_nbytes + 8 + (4 if table.overlay else 0))
         self.nbytes = data + sum(map(len, self._indices.values())) + 32 * geometry.slots
 
@@ -88,8 +87,9 @@ class SegmentFormat:
             self._stamp(draft, self._columns, self.table.columns, attributes)
             if self.table.overlay:
                 self._stamp(layout.overlay_path(draft), self._overlay, self.table.overlay, attributes)
-            segment = Segment(draft, self.table, self.geometry, number=number, writable=True)
-            segment.replay = self.replay_id
+            segment = Segment(
+                draft, self.table, self.geometry, number=number, replay=self.replay_id, writable=True
+            )
             segment.populate()
         except OSError as error:
             layout.remove((draft, layout.overlay_path(draft)))
@@ -196,12 +196,12 @@ class Segment:
     """
 
     def __init__(
-        self, path: Path, table: TableSpec, geometry: Geometry, *, number: int, writable: bool
+        self, path: Path, table: TableSpec, geometry: Geometry, *, number: int, replay: str, writable: bool
     ) -> None:
         self.table = table
-        self.replay = ""  # id of the replay it was made for
+        self.replay = replay  # id of the replay it was made for
         self._append_check = AppendCheck(table)
-        self._overlay_check = OverlayCheck(table.overlay)
+        self._overlay_check = OverlayCheck(table.overlay, replay, number)
         self.path = path
         self.number = number
         self.geometry = geometry
@@ -249,9 +249,8 @@ class Segment:
         if table is None:
             what = f"segment {path} has schema {schema!s:.12}, its table {tables[0].digest[:12]}"
             raise SchemaError(f"{what}; it was moved here from another replay: move it away")
-        segment = cls(path, table, geometry, number=number, writable=writable)
-        segment.replay = str(about.get("replay", ""))
-        return segment
+        replay = str(about.get("replay", ""))
+        return cls(path, table, geometry, number=number, replay=replay, writable=writable)
 
     def _array(
         self,

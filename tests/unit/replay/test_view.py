@@ -182,6 +182,22 @@ def test_a_segment_of_another_replay_with_the_same_schema_is_left_out(tmp_path: 
     view.release()
 
 
+def test_latents_of_another_replay_or_segment_read_as_zeros(tmp_path: Path) -> None:
+    directory, other = filled(tmp_path / "a"), filled(tmp_path / "b")
+    for number, source in ((0, segment(other, 0)), (1, segment(directory, 0))):
+        target = layout.overlay_path(segment(directory, number))
+        shutil.copytree(layout.overlay_path(source), tmp_path / "copy")
+        shutil.rmtree(target)
+        (tmp_path / "copy").rename(target)
+    view = TableView(tmp_path / "a", TABLE, 5)
+    assert check_rows(view.index, overlay=False) == 300
+    for piece in view.index.stream(0, 0).pieces(0, 256):
+        target = RowViews({n: np.ones((128, *s.shape), s.dtype) for n, s in TABLE.all.items()})
+        piece.home.copy_rows(target, 0, piece.first, piece.rows)
+        assert not target.columns["latent"][: piece.rows].any()
+    view.release()
+
+
 def test_reading_goes_on_without_the_owner_and_with_the_next_one(tmp_path: Path) -> None:
     shard = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
     append(shard, 0, 90)
