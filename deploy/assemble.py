@@ -7,6 +7,7 @@ never loads torch and a learner process never loads an environment.
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,21 @@ def security(config: RunConfig) -> Security:
 
 
 def table_spec(config: RunConfig, env_spec: EnvSpec) -> TableSpec:
-    """Columns of a row: the environment's, and the overlay the model family declares."""
+    """Columns of a row: the environment's, and the overlay the model family declares.
+
+    Raises: ConfigError when replay.defaults names a key that the environment does not show.
+    """
     from learner.catalog import make_config, overlay_columns
 
-    family = make_config(config.learner.family, config.learner.settings)
-    return TableSpec.of(env_spec, overlay_columns(config.learner.family, family, env_spec))
+    family, defaults = make_config(config.learner.family, config.learner.settings), config.replay.defaults
+    if unknown := sorted(defaults.keys() - env_spec.obs.keys()):
+        raise ConfigError(
+            f"replay.defaults has keys {unknown} that {env_spec.name} does not show; "
+            f"it shows {sorted(env_spec.obs)}: leave them out"
+        )
+    obs = {key: replace(spec, default=defaults.get(key, spec.default)) for key, spec in env_spec.obs.items()}
+    overlay = overlay_columns(config.learner.family, family, env_spec)
+    return TableSpec.of(replace(env_spec, obs=obs), overlay)
 
 
 def params_server(config: RunConfig, port: int, metrics: Metrics) -> ParameterServer:
@@ -92,6 +103,7 @@ def replay_shard(
             far_after=replay.far_after,
         ),
         initial_grant=-(-(config.prefill + config.chunk_total) // config.replay.shards),
+        evolve=replay.evolve,
         metrics=metrics,
     )
 
@@ -167,6 +179,7 @@ def replay_reader(
             RemoteShard(k, address, table, security=credentials, metrics=metrics) for k, address in away
         ],
         ring=reader_ring(config),
+        evolve=replay.evolve,
         before_overwrite=pins.before if pins is not None else None,
         metrics=metrics,
     )

@@ -86,6 +86,10 @@ class ReplayConfig(StrictConfig):
     """Weight of the run's own rows beside `sources`."""
     resume: Literal["keep", "exact", "fresh"] = "keep"
     """What a resumed learner finds: all rows, the rows its checkpoint knew (pinned on disk), or none."""
+    evolve: bool = False
+    """A run whose environment shows other keys than its replay holds goes on in it; off: it is refused."""
+    defaults: dict[str, float] = Field(default_factory=dict[str, float])
+    """What obs keys read as in rows stored before the environment showed them, by key."""
     durability: Literal["process", "interval", "flush"] = "process"
     """Acknowledged rows survive: any process; power loss but for the last flush_seconds; power loss."""
     flush_seconds: float = Field(10.0, gt=0)

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from deploy import assemble
 from deploy.audit import RESTORED
+from deploy.learner_role import signature
 from deploy.run_config import RunConfig
 from deploy.run_dir import RunDirectory
-from learner.checkpoint import CheckpointStore
+from learner.checkpoint import CheckpointStore, check_signature
 from replay import layout
 from replay.cut import Cut, take_cut
 from replay.restore import TRASH, empty_trash, restore_exact
-from system.errors import IntegrityError, PreflightError
+from system.errors import ConfigError, IntegrityError, PreflightError
 from system.metrics import Metrics
 from system.specs import EnvSpec
 
@@ -50,6 +51,24 @@ def prepare_replay(config: RunConfig, env_spec: EnvSpec, run_dir: RunDirectory) 
             _empty(config, env_spec, run_dir)
     if (run_dir.replay / TRASH).exists():  # also what a killed run did not get to
         threading.Thread(target=empty_trash, args=(run_dir.replay,), name="trash", daemon=True).start()
+
+
+def check_weights(config: RunConfig, env_spec: EnvSpec, run_dir: RunDirectory) -> None:
+    """Refuse weights made for other spaces before anything starts: replay may evolve, they cannot.
+
+    Raises: ConfigError saying what to do with them.
+    """
+    newest = CheckpointStore(run_dir.checkpoints, config.learner.keep_checkpoints).newest_meta()
+    if newest is None:
+        return
+    name, meta = newest
+    try:
+        check_signature(signature(config, env_spec), meta["signature"])
+    except ConfigError as error:
+        raise ConfigError(
+            f"replay.evolve=true, but {run_dir.checkpoints / name} does not fit: {error}. To train new "
+            f"weights on the stored rows, move {run_dir.checkpoints} away and resume again"
+        ) from error
 
 
 def cut_of(name: str, meta: Mapping[str, Any]) -> Cut:

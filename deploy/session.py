@@ -132,7 +132,8 @@ class Session:
             )
         old, new = flatten(self.run_dir.config()), flatten(self.config)
         differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-        shape = [k for k in differing if k.startswith(SHAPE_KEYS)]
+        may_differ = ("env.options",) if self.config.replay.evolve else ()
+        shape = [k for k in differing if k.startswith(SHAPE_KEYS) and not k.startswith(may_differ)]
         if shape:
             listed = "\n".join(f"  {k}: {old.get(k)!r} on disk, {new.get(k)!r} asked" for k in shape)
             raise ConfigError(
@@ -143,9 +144,18 @@ class Session:
         self.resumed = True
 
     def _env_spec(self) -> EnvSpec:
-        if self.resumed and self.run_dir.env_file.is_file():
+        """As the run began; looked at again when its replay may evolve, or to begin.
+
+        Raises: ConfigError when the weights of the run do not fit what the environment shows now.
+        """
+        if self.resumed and self.run_dir.env_file.is_file() and not self.config.replay.evolve:
             return self.run_dir.env_spec()
-        return probe_env(self.config.env.name, self.config.env.options)
+        env_spec = probe_env(self.config.env.name, self.config.env.options)
+        if self.resumed and self.config.replay.evolve:
+            from deploy.resume import check_weights
+
+            check_weights(self.config, env_spec, self.run_dir)
+        return env_spec
 
     def _check_machine(self) -> None:
         """Raises: PreflightError when the disk is full or a port taken."""

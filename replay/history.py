@@ -64,7 +64,7 @@ class History:
             same = wanted.to_json() == self.table.to_json()
             return self if same else replace(self, table=wanted)
         for found in self.tables:
-            check_readable(where, found, wanted)
+            check_readable(where, found, wanted, own=True)
         if not evolve:
             raise SchemaError(_unasked(self, wanted, where))
         former = tuple(found for found in self.tables if found.digest != wanted.digest)

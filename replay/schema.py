@@ -43,17 +43,18 @@ def masked(table: TableSpec, others: Iterable[TableSpec]) -> TableSpec:
     return TableSpec(columns={**table.columns, **mask}, overlay=table.overlay)
 
 
-def check_readable(where: str | Path, found: TableSpec, wanted: TableSpec) -> None:
-    """Raises: SchemaError naming every column in the way, and the command that migrates."""
+def check_readable(where: str | Path, found: TableSpec, wanted: TableSpec, *, own: bool = False) -> None:
+    """Raises: SchemaError naming every column in the way, and what to do; `own`: a run's own table."""
     problems = list(obstacles(found, wanted))
     if not problems:
         return
     listed = "; ".join(f"column {name} {why}" for name, why in problems)
-    changes, absent = [], False
+    changes: list[str] = []
+    absent: list[str] = []
     for name, _ in problems:
         there, here = found.columns.get(name), wanted.columns[name]
         if there is None or there.shape != here.shape:
-            absent = True
+            absent.append(f"--set replay.defaults.{name}=0")
         if there is not None:
             cast = there.shape == here.shape and there.dtype != here.dtype
             changes.append(f"--cast {name}={here.dtype}" if cast else f"--drop {name}")
@@ -62,7 +63,8 @@ def check_readable(where: str | Path, found: TableSpec, wanted: TableSpec) -> No
         command = f"dreamfleet replay migrate {where} NEW {' '.join(changes)}"
         remedies.insert(0, f"make a table that fits with `{command}`")
     if absent:
-        remedies.insert(0, "give columns that are not stored a default in their ArraySpec")
+        settings = " ".join(["--set replay.evolve=true"] * own + absent)
+        remedies.insert(0, f"say what older rows read as with `{settings}`")
     raise SchemaError(
         f"replay at {where} has schema {found.digest[:12]} but this run needs {wanted.digest[:12]} "
         f"({listed}); "

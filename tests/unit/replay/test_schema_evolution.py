@@ -93,7 +93,7 @@ def test_other_overlay_columns_are_no_obstacle(tmp_path: Path) -> None:
 def test_a_column_without_default_is_refused(tmp_path: Path) -> None:
     filled(tmp_path)
     wanted = with_columns(OLD, wide=replace(WIDE, default=None))
-    with pytest.raises(SchemaError, match=r"column wide not stored.*default in their ArraySpec"):
+    with pytest.raises(SchemaError, match=r"column wide not stored.*with `--set replay.defaults.wide=0`"):
         TableView(tmp_path, wanted, 1, foreign=True)
 
 
