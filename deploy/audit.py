@@ -43,6 +43,7 @@ class Audit:
     inserted: int
     live: int
     evicted: int
+    damaged: int  # of evicted: rows that damage took, as the shards noticed and logged
     segments: int
     shards: int
     acknowledged: int
@@ -63,8 +64,9 @@ class Audit:
     def text(self) -> str:
         lines = [
             f"{self.run_dir}: {'balanced' if self.balanced else 'DOES NOT BALANCE'}",
-            f"  rows         {self.inserted} inserted, {self.live} live, {self.evicted} evicted; "
-            f"{self.segments} segments in {self.shards} shards",
+            f"  rows         {self.inserted} inserted, {self.live} live, {self.evicted} evicted"
+            f"{f' ({self.damaged} of them damaged)' if self.damaged else ''}; {self.segments} segments in "
+            f"{self.shards} shards",
             f"  acknowledged {self.acknowledged} by {len(self.lives)} lives of actors; lost {self.lost}, "
             f"doubled {self.doubled}, missing {self.missing}",
             f"  unsent       {self.unsent} rows made, not acknowledged: on their way, or gone with an actor",
@@ -86,7 +88,7 @@ class Audit:
 def audit_run(path: Path) -> Audit:
     """Balance the books of a run, alive or not.
 
-    Raises: ConfigError when `path` is no run; SchemaError, IntegrityError, DeadlineError as `audit_replay`.
+    Raises: ConfigError when `path` is no run; others as `audit_replay`.
     """
     run_dir = RunDirectory(path)
     run_dir.config()
@@ -99,6 +101,7 @@ def audit_run(path: Path) -> Audit:
         inserted=books.inserted,
         live=books.live,
         evicted=books.evicted,
+        damaged=books.damaged,
         segments=books.segments,
         shards=books.shards,
         acknowledged=sum(life.acknowledged for life in lives),

@@ -1,12 +1,14 @@
 """Balances the books of a replay from its files alone: every row stored once, none missing, none torn.
 
-Reads all committed rows of all segments, alive or not, beside a shard that goes on appending. Knows nothing
-of those who sent the rows: `deploy.audit` sets these books against what the actors say was acknowledged.
+Reads all committed rows of all segments in all tiers (`replay.census`), beside shards that go on appending,
+a block at a time. Knows nothing of those who sent the rows: `deploy.audit` sets these books against what the
+actors say was acknowledged. Rows that left and whose ledger says so are not missing: evicted ones, damaged
+ones, and positions that were passed over because rows of a stream are elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,17 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay import layout
-from replay.admission import check_chunk, stream_of
-from replay.catalog import Catalog
-from replay.segment import Segment
-from system.errors import DeadlineError, IntegrityError, RejectedError, SchemaError
+from replay.admission import check_chunk
+from replay.census import ShardReading, StoredRun, by_stream, covered, read_adopted, read_shard
+from replay.ledger import Ledger
+from replay.rows import RowsGone
+from replay.segment import allow_many_files
+from system.errors import RejectedError
 from system.experience import Chunk, StreamId
-from system.specs import TableSpec
 
-ATTEMPTS = 20
-"""Readings of a shard before giving up because it evicts faster than it can be read."""
 IDENTITY = ("incarnation", "episode", "step")
 FLAGS = ("is_first", "is_last")
+BLOCK_NBYTES, BLOCK_ROWS = 16 << 20, 1 << 15
+"""Rows that are looked at together: as many as fit both."""
+NEVER = 1 << 31
+"""An incarnation that no actor reaches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +52,8 @@ class ReplayBooks:
     segments: int
     inserted: int  # rows ever committed
     live: int  # rows read
-    evicted: int
+    evicted: int  # inserted and not here any more, damaged ones included
+    damaged: int  # of evicted: those that damage took, as the ledgers know
     rows: Mapping[tuple[StreamId, int], int]  # live, by stream and incarnation
     positions: Mapping[StreamId, int]  # rows ever committed, by stream
     whole_from: Mapping[StreamId, int]  # the first incarnation of which nothing was evicted
@@ -58,265 +64,256 @@ class ReplayBooks:
         return sum(finding.rows for finding in self.findings if finding.kind == kind)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """The committed rows of one slot: `count` rows of a stream from `position` on."""
-
-    segment: Segment
-    slot: int
-    position: int
-    count: int
-
-    def column(self, name: str) -> NDArray[Any]:
-        array = self.segment.columns.get(name)
-        array = self.segment.overlay[name] if array is None else array
-        return array[self.slot, : self.count]  # [T, ...]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Shard:
-    """One reading of a shard directory."""
-
-    name: str
-    runs: dict[StreamId, list[_Run]]  # by stream, ascending position
-    cursors: dict[StreamId, int]  # as of the ledger
-    segments: int
-    evicted: int
-    skipped: int  # positions left out: streams went on behind rows that another shard has
-    inserted: int  # the catalog's word, read before the rows
-    findings: list[Finding]
-
-
 def audit_replay(root: Path) -> ReplayBooks:
     """Read every committed row and balance it. Faults of the rows become findings.
 
+    The contents of rows in an object store stay there: only their narrow columns, kept here, are looked at.
     Raises: SchemaError, IntegrityError when there is no readable table; DeadlineError when a shard evicts
-    faster than it can be read.
+    faster than it can be read; PreflightError when something cannot be opened now.
     """
-    tables = layout.read_history(root).tables
-    findings: list[Finding] = []
-    rows: dict[tuple[StreamId, int], int] = {}
-    positions: dict[StreamId, int] = {}
-    whole_from: dict[StreamId, int] = {}
-    homes: dict[StreamId, list[tuple[str, NDArray[np.int64]]]] = {}  # shard, identities [T, 3]
-    segments = inserted = live = evicted = 0
-    indices = layout.shard_indices(root)
-    for index in indices:
-        shard = _read_shard(layout.shard_dir(root, index), tables)
-        findings += shard.findings
-        segments += shard.segments
-        counted = lowest = 0
-        for stream in sorted(shard.runs.keys() | shard.cursors.keys()):
-            runs = shard.runs.get(stream, [])
-            homes.setdefault(stream, []).append((shard.name, _identities(runs)))
-            top = max([shard.cursors.get(stream, 0), *(run.position + run.count for run in runs)])
-            positions[stream] = positions.get(stream, 0) + top
-            counted += top
-            lowest += runs[0].position if runs else top
-            live += sum(run.count for run in runs)
-            findings += _check_positions(shard, stream, runs)
-            if runs and (short := top - runs[-1].position - runs[-1].count):
-                what = f"the ledger knows {top} rows, the newest here is {top - short - 1}"
-                findings.append(_finding("missing", shard.name, stream, what, short))
-            whole_from[stream] = max(whole_from.get(stream, 0), _whole_from(runs, top))
-            findings += _check_stream(shard.name, stream, runs, rows)
-        inserted += counted
-        evicted += shard.evicted
-        findings += _check_ledger(shard, counted, lowest)
-    for stream, parts in homes.items():
-        findings += _check_homes(stream, parts)
+    history = layout.read_history(root)
+    allow_many_files()
+    shards = {i: read_shard(layout.shard_dir(root, i), i, history) for i in layout.shard_indices(root)}
+    faults = [fault for shard in shards.values() for fault in shard.faults]
+    adopted = {k: by_stream(runs) for k, runs in read_adopted(root, shards, history, faults).items()}
+    findings = [_fault(where, what) for where, what in faults]
+    books = _Books()
+    for origin in sorted(shards.keys() | adopted.keys()):
+        shard = shards.get(origin) or _nothing(origin)
+        findings += _check_ledger(shard)
+        books.add(shard, adopted.get(origin, {}))
+    for stream in sorted(books.homes):
+        findings += books.check(stream)
     return ReplayBooks(
-        shards=len(indices),
-        segments=segments,
-        inserted=inserted,
-        live=live,
-        evicted=evicted,
-        rows=rows,
-        positions=positions,
-        whole_from=whole_from,
+        shards=len(shards),
+        segments=len(books.seen),
+        inserted=books.inserted,
+        live=books.live,
+        evicted=books.inserted - books.live,
+        damaged=sum(shard.ledger.lost_rows for shard in shards.values()),
+        rows=books.rows,
+        positions=books.positions,
+        whole_from=books.whole_from,
         findings=tuple(findings),
     )
+
+
+def _fault(where: str, what: str) -> Finding:
+    return Finding(kind="ledger" if where.endswith("ledger.json") else "damaged", where=where, what=what)
 
 
 def _finding(kind: str, shard: str, stream: StreamId | None, what: str, rows: int = 1) -> Finding:
     return Finding(kind=kind, where=shard if stream is None else f"{shard} {stream}", what=what, rows=rows)
 
 
-# ---- reading a shard that may be alive ------------------------------------------------------------
+def _nothing(index: int) -> ShardReading:
+    """A shard of which nothing is left but what others adopted."""
+    name = layout.shard_dir(Path(), index).name
+    return ShardReading(name=name, ledger=Ledger(), inserted=0, runs={}, segments={})
 
 
-def _read_shard(directory: Path, tables: Sequence[TableSpec]) -> _Shard:
-    for _ in range(ATTEMPTS):
-        before = _ledger(directory)
-        try:
-            inserted = Catalog(directory, writable=False)["inserted"]
-        except FileNotFoundError:
-            inserted = 0
-        opened = _open_segments(directory, tables, int(before.get("evicted_through", -1)))
-        if opened is None or _ledger(directory).get("evicted_through") != before.get("evicted_through"):
-            continue  # something was evicted meanwhile: these books would not balance
-        segments, findings = opened
-        cursors = {
-            stream_of(int(key)): int(position) for key, position, *_ in before.get("cursors", {}).values()
-        }
-        return _Shard(
-            name=directory.name,
-            runs=_runs(segments),
-            cursors=cursors,
-            segments=len(segments),
-            evicted=int(before.get("evicted_rows", 0)),
-            skipped=int(before.get("skipped", 0)),
-            inserted=inserted,
-            findings=findings,
-        )
-    raise DeadlineError(
-        f"{directory} evicted segments during each of {ATTEMPTS} readings; audit it while actors rest"
-    )
+# ---- positions ------------------------------------------------------------------------------------
 
 
-def _ledger(directory: Path) -> dict[str, Any]:
-    return layout.read_json(directory / "ledger.json") or {}
+def _check_ledger(shard: ShardReading) -> Iterator[Finding]:
+    """What is not here is what the ledger says has left; the gaps tell where more is missing."""
+    ever = sum(shard.tops.values()) - shard.skipped
+    if ever < shard.inserted:
+        what = f"the catalog says {shard.inserted} rows were inserted, the streams have had {ever}"
+        yield _finding("missing", shard.name, None, what, shard.inserted - ever)
+    left = shard.unaccounted
+    for stream, first, end, newest in sorted(shard.gaps(), key=lambda gap: gap[1] - gap[2]):
+        if left <= 0:
+            break
+        what = f"positions {first} and {end} do not meet"
+        if newest:
+            what = f"the ledger knows {end} rows, the newest here is {first - 1}"
+        rows = min(left, end - first)
+        left -= rows
+        yield _finding("missing", shard.name, stream, what, rows)
+    if left:
+        out = shard.ledger.evicted_rows
+        what = f"the ledger says {out} rows have left, but {out + left} are not here"
+        yield _finding("ledger", shard.name, None, what, abs(left))
 
 
-def _open_segments(
-    directory: Path, tables: Sequence[TableSpec], evicted_through: int
-) -> tuple[list[Segment], list[Finding]] | None:
-    """Segments that are not evicted, oldest first, and those that cannot be read; None when one vanished."""
-    segments: list[Segment] = []
-    findings: list[Finding] = []
-    for number, path in layout.segment_paths(directory).items():
-        if number <= evicted_through:
-            continue  # its eviction was interrupted; the owner finishes it when it reopens
-        try:
-            segments.append(Segment.open(path, *tables))
-        except FileNotFoundError:
-            return None
-        except (IntegrityError, SchemaError) as error:
-            findings.append(Finding(kind="damaged", where=f"{directory.name}/{path.name}", what=str(error)))
-    return segments, findings
-
-
-def _runs(segments: list[Segment]) -> dict[StreamId, list[_Run]]:
-    """Committed rows by stream. Newest slots first: an older one can only have grown since."""
-    runs: dict[StreamId, list[_Run]] = {}
-    for segment in reversed(segments):
-        for slot in reversed(range(segment.geometry.slots)):
-            count = int(segment.committed[slot])
-            if count:
-                actor, env, start = segment.slots[slot].tolist()
-                run = _Run(segment=segment, slot=slot, position=start, count=count)
-                runs.setdefault(StreamId(actor=actor, env=env), []).append(run)
-    for found in runs.values():
-        found.sort(key=lambda run: run.position)
-    return runs
-
-
-# ---- balancing --------------------------------------------------------------------------------------
-
-
-def _check_ledger(shard: _Shard, counted: int, lowest: int) -> Iterator[Finding]:
-    if counted < shard.inserted:
-        short = shard.inserted - counted
-        what = f"the catalog says {shard.inserted} rows were inserted, the streams have had {counted}"
-        yield _finding("missing", shard.name, None, what, short)
-    if not shard.evicted <= lowest <= shard.evicted + shard.skipped:
-        what = f"the ledger says {shard.evicted} rows were evicted, the streams begin behind {lowest}"
-        yield _finding("ledger", shard.name, None, what, abs(lowest - shard.evicted))
-
-
-def _check_positions(shard: _Shard, stream: StreamId, runs: list[_Run]) -> Iterator[Finding]:
-    """The live rows of a stream are one range of positions, without gaps but those the shard left."""
-    for run, following in pairwise(runs):
-        gap = following.position - (run.position + run.count)
-        if gap == 1 and shard.skipped:
-            continue
-        if gap:
-            what = f"positions {run.position + run.count} and {following.position} do not meet"
-            yield _finding("missing" if gap > 0 else "doubled", shard.name, stream, what, abs(gap))
-
-
-def _identities(runs: list[_Run]) -> NDArray[np.int64]:
-    """(incarnation, episode, step) of every row [T, 3]."""
-    columns = [np.concatenate([run.column(name) for run in runs] or [[]]) for name in IDENTITY]
-    return np.stack(columns, axis=1).astype(np.int64)
-
-
-def _check_homes(stream: StreamId, parts: list[tuple[str, NDArray[np.int64]]]) -> Iterator[Finding]:
-    """An actor may have moved, but no row is stored at two shards."""
-    if len(parts) < 2:
-        return
-    every = np.concatenate([rows for _, rows in parts])
-    within = sum(len(np.unique(rows, axis=0)) for _, rows in parts)
-    doubled = within - len(np.unique(every, axis=0))
-    if doubled:
-        places = " and ".join(name for name, _ in parts)
-        yield _finding("doubled", places, stream, f"{doubled} rows are stored at both", doubled)
-
-
-def _check_stream(
-    shard: str,
-    stream: StreamId,
-    runs: list[_Run],
-    counts: dict[tuple[StreamId, int], int],
-) -> list[Finding]:
-    """Identities, versions and contents of all live rows of one stream; counts its lives into `counts`."""
-    if not runs:
-        return []
-    names = (*IDENTITY, *FLAGS, "policy_version")
-    rows = {name: np.concatenate([run.column(name) for run in runs]) for name in names}  # each [T]
-    gaps = [run.position + run.count < following.position for run, following in pairwise(runs)]
-    ends = np.cumsum([run.count for run in runs])
-    behind = ends[:-1][np.asarray(gaps, np.bool_)]  # rows behind a gap, which has a finding of its own
-    findings = [
-        _finding(kind, shard, stream, what, count) for kind, what, count in _check_identities(rows, behind)
-    ]
-    back = np.flatnonzero(np.diff(rows["policy_version"]) < 0)
-    if len(back):
-        what = f"policy_version goes back at {_name(rows, int(back[0]) + 1)}"
-        findings.append(_finding("version", shard, stream, what, len(back)))
-    lives, sizes = np.unique(rows["incarnation"], return_counts=True)
-    for life, size in zip(lives.tolist(), sizes.tolist(), strict=True):
-        counts[stream, life] = counts.get((stream, life), 0) + size
-    for run in runs:
-        findings += _check_contents(shard, stream, run)
-    return findings
-
-
-def _whole_from(runs: list[_Run], top: int) -> int:
+def _whole_from(shard: ShardReading, stream: StreamId, runs: list[StoredRun]) -> int:
     """See ReplayBooks. An incarnation whose first row is gone does not begin at episode 0 step 0."""
-    if not top or (runs and runs[0].position == 0):
-        return 0
-    if not runs:
-        return 1 << 31
-    incarnation, episode, step = (int(runs[0].column(name)[0]) for name in IDENTITY)
-    return incarnation if episode == 0 and step == 0 else incarnation + 1
+    top = max([shard.tops.get(stream, 0), *(run.end for run in runs)])
+    at, whole = 0, 0
+    for run in runs:
+        if run.position > at and not (at and run.position == at + 1 and shard.skipped):
+            incarnation, episode, step = (int(run.column(name, 0, 1)[0]) for name in IDENTITY)
+            whole = incarnation if episode == 0 and step == 0 else incarnation + 1
+        at = max(at, run.end)
+    return whole if top <= at + bool(at and shard.skipped) else NEVER
+
+
+class _Books:
+    """The rows of all streams, by the shard they were first stored in."""
+
+    def __init__(self) -> None:
+        self.homes: dict[StreamId, list[tuple[str, list[StoredRun]]]] = {}
+        self.rows: dict[tuple[StreamId, int], int] = {}
+        self.positions: dict[StreamId, int] = {}
+        self.whole_from: dict[StreamId, int] = {}
+        self.seen: set[Path] = set()
+        self.inserted = self.live = 0
+
+    def add(self, shard: ShardReading, adopted: Mapping[StreamId, list[StoredRun]]) -> None:
+        """Take up a shard and the rows of it that others hold."""
+        self.inserted -= shard.skipped
+        self.seen |= {stored.path for stored in shard.segments.values()}
+        for stream in shard.tops.keys() | adopted.keys():
+            runs = [*adopted.get(stream, []), *shard.runs.get(stream, [])]
+            runs.sort(key=lambda run: run.position)
+            self.seen |= {run.stored.path for run in runs}
+            top = max([shard.tops.get(stream, 0), *(run.end for run in runs)])
+            self.positions[stream] = self.positions.get(stream, 0) + top
+            self.inserted += top
+            self.live += covered(runs)
+            self.homes.setdefault(stream, []).append((shard.name, runs))
+            whole = _whole_from(shard, stream, runs)
+            self.whole_from[stream] = max(self.whole_from.get(stream, 0), whole)
+
+    def check(self, stream: StreamId) -> Iterator[Finding]:
+        """Read all rows of one stream. An actor may have moved, but no row is stored at two shards."""
+        spans: list[NDArray[np.int64]] = []
+        within = 0
+        for shard, runs in self.homes[stream]:
+            walk = _Walk(shard, stream)
+            for run in runs:
+                yield from walk.read(run)
+            for life, size in walk.lives.items():
+                self.rows[stream, life] = self.rows.get((stream, life), 0) + size
+            spans.append(walk.spans)
+            doubled = _doubled(walk.spans)
+            within += doubled
+            if doubled:
+                what = f"{doubled} of {walk.count} identities are stored more than once"
+                yield _finding("doubled", shard, stream, what, doubled)
+        if len(spans) > 1 and (doubled := _doubled(np.concatenate(spans)) - within):
+            places = " and ".join(name for name, runs in self.homes[stream] if runs)
+            yield _finding("doubled", places, stream, f"{doubled} rows are stored at both", doubled)
+
+
+# ---- rows -----------------------------------------------------------------------------------------
+
+
+class _Walk:
+    """One reading of a stream's rows at one shard, in order, a block at a time."""
+
+    def __init__(self, shard: str, stream: StreamId) -> None:
+        self._shard, self._stream = shard, stream
+        self._end = -1  # position behind the newest row
+        self._last: dict[str, NDArray[Any]] | None = None  # the newest row, each [1]
+        self._spans: list[NDArray[np.int64]] = []
+        self.lives: dict[int, int] = {}  # rows by incarnation
+        self.count = 0
+
+    @property
+    def spans(self) -> NDArray[np.int64]:
+        """Rows that follow each other in an episode: incarnation, episode, first and last step [K, 4]."""
+        return np.concatenate([np.zeros((0, 4), np.int64), *self._spans])
+
+    def read(self, run: StoredRun) -> Iterator[Finding]:
+        """Identities, versions and contents of the rows of one slot."""
+        if self._last is not None and run.position < self._end:
+            rows = min(self._end, run.end) - run.position
+            what = f"positions {self._end} and {run.position} do not meet"
+            yield _finding("doubled", self._shard, self._stream, what, rows)
+        behind = run.position != self._end
+        block = max(1, min(BLOCK_ROWS, BLOCK_NBYTES // run.whole_table.row_nbytes))
+        for lo in range(0, run.count, block):
+            hi = min(run.count, lo + block)
+            yield from self._identities(run, lo, hi, behind=behind and lo == 0)
+            yield from self._contents(run, lo, hi)
+        self._end = max(self._end, run.end)
+
+    def _identities(self, run: StoredRun, lo: int, hi: int, *, behind: bool) -> Iterator[Finding]:
+        names = (*IDENTITY, *FLAGS, "policy_version")
+        rows = {name: run.column(name, lo, hi) for name in names}  # each [n]
+        lives, sizes = np.unique(rows["incarnation"], return_counts=True)
+        for life, size in zip(lives.tolist(), sizes.tolist(), strict=True):
+            self.lives[life] = self.lives.get(life, 0) + size
+        self.count += hi - lo
+        self._spans.append(_spans(rows))
+        first = self._last is None
+        if self._last is not None:  # the newest row before these, then these
+            rows = {name: np.concatenate([self._last[name], values]) for name, values in rows.items()}
+        self._last = {name: values[-1:].copy() for name, values in rows.items()}
+        for kind, what, count in _check_order(rows, behind=behind and not first):
+            yield _finding(kind, self._shard, self._stream, what, count)
+        back = np.flatnonzero(np.diff(rows["policy_version"]) < 0)
+        if len(back):
+            what = f"policy_version goes back at {_name(rows, int(back[0]) + 1)}"
+            yield _finding("version", self._shard, self._stream, what, len(back))
+
+    def _contents(self, run: StoredRun, lo: int, hi: int) -> Iterator[Finding]:
+        """The stored rows would be admitted again: dtypes, ranges, finite values, flags."""
+        where = f"{run.stored.path.name} slot {run.slot} rows"
+        try:
+            rows = run.rows(lo, hi)
+        except RowsGone as error:
+            if run.stored.path.exists():  # else it was evicted meanwhile
+                yield _finding("damaged", self._shard, self._stream, f"{where} {lo}..{hi - 1}: {error}")
+            return
+        same = rows["incarnation"][1:] == rows["incarnation"][:-1]
+        cuts = np.flatnonzero(~(_follows(rows) & same)) + 1  # other faults of order have their own findings
+        for begin, end in pairwise([0, *cuts.tolist(), hi - lo]):
+            columns = {name: values[begin:end] for name, values in rows.items()}
+            try:
+                check_chunk(run.whole_table, Chunk(stream=self._stream, columns=columns))
+            except RejectedError as error:
+                what = f"{where} {lo + begin}..{lo + end - 1}: {error}"
+                yield _finding("torn", self._shard, self._stream, what, end - begin)
+
+
+def _going_on(rows: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Whether row t + 1 is the next of the same episode [T - 1]."""
+    incarnation, episode, step = (rows[name].astype(np.int64) for name in IDENTITY)
+    same = (incarnation[1:] == incarnation[:-1]) & (episode[1:] == episode[:-1])
+    return same & (step[1:] == step[:-1] + 1)
 
 
 def _follows(rows: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
     """Whether row t + 1 is a legal successor of row t [T - 1]."""
     incarnation, episode, step = (rows[name].astype(np.int64) for name in IDENTITY)
-    same = incarnation[1:] == incarnation[:-1]
     ended = rows["is_last"][:-1]
-    going_on = same & ~ended & (episode[1:] == episode[:-1]) & (step[1:] == step[:-1] + 1)
+    same = incarnation[1:] == incarnation[:-1]
     following = same & ended & (episode[1:] == episode[:-1] + 1) & (step[1:] == 0)
     reborn = (incarnation[1:] > incarnation[:-1]) & (step[1:] == 0)
-    return going_on | following | reborn
+    return (_going_on(rows) & ~ended) | following | reborn
 
 
-def _check_identities(
-    rows: Mapping[str, NDArray[Any]], behind: NDArray[np.int64]
-) -> Iterator[tuple[str, str, int]]:
+def _spans(rows: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+    """As _Walk.spans, of these rows [T]."""
+    cuts = np.flatnonzero(~_going_on(rows))
+    first, last = np.r_[0, cuts + 1], np.r_[cuts, len(rows["step"]) - 1]
+    incarnation, episode, step = (rows[name].astype(np.int64) for name in IDENTITY)
+    return np.stack([incarnation[first], episode[first], step[first], step[last]], axis=1)
+
+
+def _doubled(spans: NDArray[np.int64]) -> int:
+    """How many rows of `spans` [K, 4] there are beyond the first of each identity."""
+    if not len(spans):
+        return 0
+    life, episode, lo, hi = spans[np.lexsort(spans.T[2::-1])].T  # by incarnation, episode, first step
+    new = np.r_[False, (np.diff(life) != 0) | (np.diff(episode) != 0)]
+    base = np.cumsum(new) << 40  # keeps episodes apart in one running maximum
+    before = np.r_[-1, np.maximum.accumulate(hi + base)[:-1]] - base
+    known = np.maximum(lo - 1, before)  # steps up to here are counted
+    return int((hi - lo + 1 - np.maximum(0, hi - known)).sum())
+
+
+def _check_order(rows: Mapping[str, NDArray[Any]], *, behind: bool) -> Iterator[tuple[str, str, int]]:
     """(kind, what, rows) for each place where the identities of a stream do not follow each other.
 
-    Rows `behind` a gap of positions must only be later ones than those before it.
+    A second row `behind` a gap of positions must only be a later one than the first.
     """
-    identity = np.stack([rows[name].astype(np.int64) for name in IDENTITY], axis=1)  # [T, 3]
-    doubled = len(identity) - len(np.unique(identity, axis=0))
-    if doubled:
-        yield "doubled", f"{doubled} of {len(identity)} identities are stored more than once", doubled
     for row in np.flatnonzero(~_follows(rows)).tolist():
-        before, after = tuple(identity[row].tolist()), tuple(identity[row + 1].tolist())
-        if row + 1 in behind and after > before:
+        before, after = (tuple(int(rows[name][t]) for name in IDENTITY) for t in (row, row + 1))
+        if behind and row == 0 and after > before:
             continue
         what = f"{_name(rows, row)} is followed by {_name(rows, row + 1)}"
         if after > before and after[0] == before[0]:
@@ -328,19 +325,3 @@ def _check_identities(
 
 def _name(rows: Mapping[str, NDArray[Any]], row: int) -> str:
     return "incarnation {} episode {} step {}".format(*(int(rows[name][row]) for name in IDENTITY))
-
-
-def _check_contents(shard: str, stream: StreamId, run: _Run) -> Iterator[Finding]:
-    """The stored rows would be admitted again: dtypes, ranges, finite values, flags."""
-    table = run.segment.table
-    rows = {name: run.column(name) for name in (*IDENTITY, *FLAGS)}
-    same = rows["incarnation"][1:] == rows["incarnation"][:-1]
-    cuts = np.flatnonzero(~(_follows(rows) & same)) + 1  # other faults of order have their own findings
-    bounds = [0, *cuts.tolist(), run.count]
-    for begin, end in pairwise(bounds):
-        columns = {name: run.column(name)[begin:end] for name in table.all}
-        try:
-            check_chunk(table, Chunk(stream=stream, columns=columns))
-        except RejectedError as error:
-            where = f"{run.segment.path.name} slot {run.slot} rows {begin}..{end - 1}"
-            yield _finding("torn", shard, stream, f"{where}: {error}", end - begin)

@@ -282,6 +282,7 @@ class ColdSegment:
             raise IntegrityError(f"{error.filename} is missing; `dreamfleet replay repair`") from error
         self.overlay_key = segment_key(beside or path)
         self.overlay_files = self.overlay.files
+        self.plain = plain | self.overlay.columns  # [S * T, ...], what needs no unpacking
         self._is_first = plain.get("is_first")
         self._rows = TieredRows(table, plain | self.overlay.columns, self.wide_columns)
 

@@ -230,6 +230,7 @@ class FarSegment:
         self.overlay = about.overlay(path, table)
         self.overlay_key = segment_key(path)
         self.overlay_files = self.overlay.files
+        self.plain = plain | self.overlay.columns  # [S * T, ...], what needs no unpacking
         self._is_first = plain.get("is_first")
         wide = {name: column for name, (_, column) in self._wide.items()}
         self._rows = TieredRows(table, plain | self.overlay.columns, wide)

@@ -140,6 +140,7 @@ class MemoryHome:
     def __init__(self, arrays: Mapping[str, NDArray[Any]], overlay: Collection[str] = ()) -> None:
         self.views = RowViews(arrays)
         self.overlay = {name: arrays[name] for name in overlay}
+        self.plain: Mapping[str, NDArray[Any]] = arrays  # all that needs no unpacking
         self._is_first = arrays.get("is_first")
 
     def copy_rows(self, target: RowViews, at: int, first: int, count: int) -> None:
