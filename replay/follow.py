@@ -167,6 +167,8 @@ class MappedShard:
         self._openers = openers
         self._metrics = metrics
         self._catalog = Catalog(directory, writable=False)
+        if not self._catalog["generation"] and layout.lock_held(directory):
+            raise FileNotFoundError(directory)  # its owner is opening it and has counted nothing so far
         self._inode = (directory / "catalog.bin").stat().st_ino  # nobody else gets it while it is mapped
         self._generation = -1
         self._segments: dict[Key, _Followed] = {}

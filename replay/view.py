@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 FRESH_NANOSECONDS = 50_000_000
 """A directory changed so recently may change again without a new time stamp."""
+RELIST_SECONDS = 1.0
+"""Longest time between two looks for shards: a catalog that was made anew does not change the root."""
 
 
 class ShardView(Protocol):
@@ -116,7 +118,7 @@ class TableView:
         self._remotes: list[ShardView] = []
         self._vetting = Vetting()
         self._mapped: dict[int, MappedShard] = {}
-        self._root_mtime = -1
+        self._root_mtime, self._relist_at = -1, 0.0
         self._views: list[ShardView] = []
         for shard in remotes:
             self.attach(shard)
@@ -128,7 +130,9 @@ class TableView:
             mtime = self.root.stat().st_mtime_ns
         except FileNotFoundError:
             mtime = 0
-        if mtime != self._root_mtime:
+        now = time.monotonic()
+        if mtime != self._root_mtime or now >= self._relist_at:
+            self._relist_at = now + RELIST_SECONDS
             settled = self._list_shards() and time.time_ns() - mtime > FRESH_NANOSECONDS
             self._root_mtime = mtime if settled else -1
         for shard in self._views:

@@ -1,10 +1,7 @@
 """What a reader makes of shards that grow, move, vanish and rot under it."""
 
-import gc
-import os
 import random
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from replay import follow, layout, seal, synthetic
+from replay import layout, seal, synthetic
 from replay.catalog import Catalog
 from replay.cold import plan_codecs, write_cold
-from replay.follow import MappedShard
 from replay.index import StartIndex
-from replay.raw import open_raw
 from replay.rows import Home, RowViews
 from replay.segment import Segment, data_path
 from replay.shard import ReplayShard
-from replay.vetting import Vetting
 from replay.view import TableView
 from system.experience import StreamId
 from system.metrics import Metrics
@@ -325,69 +319,34 @@ def test_adopted_segments_keep_the_identity_of_their_origin(tmp_path: Path) -> N
     view.release()
 
 
-def test_what_is_not_vetted_yet_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    filled(tmp_path, 600)
-    monkeypatch.setattr(follow, "AT_ONCE_NBYTES", 0)
+def test_a_catalog_that_was_lost_and_made_anew_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replay.view.FRESH_NANOSECONDS", 0)
+    monkeypatch.setattr("replay.view.RELIST_SECONDS", 0.0)
+    filled(tmp_path, 60)
     view = TableView(tmp_path, TABLE, 5)
-    assert view.settle(20.0)
-    assert view.unvetted == 0
-    assert check_rows(view.index) == 600
+    (layout.shard_dir(tmp_path, 0) / "catalog.bin").unlink()
+    owner = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
+    append(owner, 60, 40)
+    view.refresh()
+    assert check_rows(view.index) == 100
+    assert view.inserted(1) == [100]
+    owner.close()
     view.release()
 
 
-def test_rows_appended_while_their_segment_is_vetted_are_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(follow, "AT_ONCE_NBYTES", 0)
-    monkeypatch.setattr(layout, "read_verified", lambda _: None)
-    owner = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
-    append(owner, 0, 30)
-    vetting, release = Vetting(), threading.Event()
-    vetting.submit(99, lambda: np.full(1, release.wait(10.0), np.int64))
-    index: StartIndex[Home] = StartIndex(5)
-    _, replay_id = layout.read_table(tmp_path)
-    shard = MappedShard(layout.shard_dir(tmp_path, 0), 0, TABLE, vetting, replay_id=replay_id)
-    shard.refresh(index)
-    assert (shard.unvetted, index.rows) == (1, 0)
-    append(owner, 30, 20)
-    release.set()
-    assert vetting.settle(10.0)
-    shard.refresh(index)
-    assert (shard.unvetted, check_rows(index)) == (0, 50)
-    shard.release(index)
-    owner.close()
-
-
-def test_the_newest_segments_are_vetted_first() -> None:
-    vetting, first, release, order = Vetting(), threading.Event(), threading.Event(), []
-
-    def block() -> np.ndarray:
-        first.set()
-        release.wait(10.0)
-        return np.zeros(1, np.int64)
-
-    def note(number: int) -> Callable[[], np.ndarray]:
-        return lambda: order.append(number) or np.zeros(1, np.int64)
-
-    verdicts = [vetting.submit(99, block)]
-    assert first.wait(10.0)
-    verdicts += [vetting.submit(number, note(number)) for number in (4, 7, 1, 9)]
-    assert vetting.waiting == 4
-    release.set()
-    assert vetting.settle(10.0)
-    assert order == [9, 7, 4, 1]
-    assert all(verdict.done for verdict in verdicts)
-
-
-def test_an_error_in_vetting_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    filled(tmp_path)
-
-    def broken(_: object) -> np.ndarray:
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr("replay.raw.MappedSegment.good_rows", broken)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        TableView(tmp_path, TABLE, 5)
+def test_a_shard_is_followed_once_its_owner_has_counted_its_rows(tmp_path: Path) -> None:
+    directory = filled(tmp_path, 60)
+    (directory / "catalog.bin").unlink()
+    catalog, lock = Catalog(directory, writable=True), layout.take_lock(directory)
+    view = TableView(tmp_path, TABLE, 5)
+    assert view.shards == 0
+    catalog["inserted"], catalog["generation"] = 60, 1
+    view.refresh()
+    assert (view.inserted(1), check_rows(view.index)) == ([60], 60)
+    lock.close()
+    view.release()
 
 
 def test_rows_are_the_same_after_they_were_read_ahead(tmp_path: Path) -> None:
@@ -398,31 +357,6 @@ def test_rows_are_the_same_after_they_were_read_ahead(tmp_path: Path) -> None:
     assert check_rows(view.index) == 300
     assert view.distant in (False, True)  # it depends on the page cache
     view.release()
-
-
-def test_a_table_is_distant_while_its_pages_are_not_in_memory() -> None:
-    table = synthetic.image_table(size=32)
-    with tempfile.TemporaryDirectory() as name:  # a disk, if there is one; tmp_path is memory
-        shard = ReplayShard(Path(name), 0, table, capacity_rows=4096)
-        shard.append([synthetic.rows(table, StreamId(actor=0, env=0), 0, 300)], 5.0)
-        shard.flush()
-        shard.close()
-        del shard
-        gc.collect()  # mapped pages stay
-        for path in filter(Path.is_file, Path(name).rglob("*")):
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
-        homes = [
-            open_raw(path, table) for path in layout.segment_paths(layout.shard_dir(Path(name), 0)).values()
-        ]
-        if not any(home.distant for home in homes):
-            pytest.skip("the page cache of this file system cannot be emptied")
-        for home in homes:
-            for column in home.views.columns.values():
-                column.sum()
-        assert not any(home.distant for home in homes)
 
 
 def test_a_reader_beside_a_busy_shard_never_sees_a_wrong_row(tmp_path: Path) -> None:
