@@ -1,0 +1,139 @@
+"""Before rows can be drawn: segments are vetted, and looked at whether they are in memory."""
+
+import gc
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from replay import follow, layout, synthetic
+from replay.follow import MappedShard
+from replay.index import StartIndex
+from replay.raw import open_raw
+from replay.rows import Home, RowViews
+from replay.shard import ReplayShard
+from replay.vetting import Vetting
+from replay.view import TableView
+from system.experience import StreamId
+
+TABLE = synthetic.vector_table()
+STREAM = StreamId(actor=0, env=0)
+
+
+def append(shard: ReplayShard, start: int, count: int) -> None:
+    assert shard.append([synthetic.rows(TABLE, STREAM, start, count)], 5.0).committed == count
+
+
+def filled(root: Path, rows: int = 300) -> None:
+    """A shard of one stream, closed again."""
+    shard = ReplayShard(root, 0, TABLE, capacity_rows=1024)
+    for start in range(0, rows, 20):
+        append(shard, start, min(20, rows - start))
+    shard.close()
+
+
+def check_rows(index: StartIndex[Home]) -> int:
+    """Copy every live row and compare it with what was sent; return how many."""
+    runs, seen = index.stream(0, 0), 0
+    for lo, hi in runs.bounds:
+        sent = synthetic.rows(TABLE, STREAM, lo, hi - lo).columns
+        got = {name: np.zeros((hi - lo, *spec.shape), spec.dtype) for name, spec in TABLE.all.items()}
+        for piece in runs.pieces(lo, hi - lo):
+            piece.home.copy_rows(RowViews(got), seen, piece.first, piece.rows)
+            seen += piece.rows
+        assert all(np.array_equal(got[name], sent[name]) for name in TABLE.columns)
+    return seen
+
+
+def test_what_is_not_vetted_yet_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path, 600)
+    monkeypatch.setattr(follow, "AT_ONCE_NBYTES", 0)
+    view = TableView(tmp_path, TABLE, 5)
+    assert view.settle(20.0)
+    assert view.unvetted == 0
+    assert check_rows(view.index) == 600
+    view.release()
+
+
+def test_rows_appended_while_their_segment_is_vetted_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "AT_ONCE_NBYTES", 0)
+    monkeypatch.setattr(layout, "read_verified", lambda _: None)
+    owner = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
+    append(owner, 0, 30)
+    vetting, release = Vetting(), threading.Event()
+    vetting.submit(99, lambda: np.full(1, release.wait(10.0), np.int64))
+    index: StartIndex[Home] = StartIndex(5)
+    _, replay_id = layout.read_table(tmp_path)
+    shard = MappedShard(layout.shard_dir(tmp_path, 0), 0, TABLE, vetting, replay_id=replay_id)
+    shard.refresh(index)
+    assert (shard.unvetted, index.rows) == (1, 0)
+    append(owner, 30, 20)
+    release.set()
+    assert vetting.settle(10.0)
+    shard.refresh(index)
+    assert (shard.unvetted, check_rows(index)) == (0, 50)
+    shard.release(index)
+    owner.close()
+
+
+def test_the_newest_segments_are_vetted_first() -> None:
+    vetting, first, release, order = Vetting(), threading.Event(), threading.Event(), []
+
+    def block() -> np.ndarray:
+        first.set()
+        release.wait(10.0)
+        return np.zeros(1, np.int64)
+
+    def note(number: int) -> Callable[[], np.ndarray]:
+        return lambda: order.append(number) or np.zeros(1, np.int64)
+
+    verdicts = [vetting.submit(99, block)]
+    assert first.wait(10.0)
+    verdicts += [vetting.submit(number, note(number)) for number in (4, 7, 1, 9)]
+    assert vetting.waiting == 4
+    release.set()
+    assert vetting.settle(10.0)
+    assert order == [9, 7, 4, 1]
+    assert all(verdict.done for verdict in verdicts)
+
+
+def test_an_error_in_vetting_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path)
+
+    def broken(_: object) -> np.ndarray:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("replay.raw.MappedSegment.good_rows", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        TableView(tmp_path, TABLE, 5)
+
+
+def test_a_table_is_distant_while_its_pages_are_not_in_memory() -> None:
+    table = synthetic.image_table(size=32)
+    with tempfile.TemporaryDirectory() as name:  # a disk, if there is one; tmp_path is memory
+        shard = ReplayShard(Path(name), 0, table, capacity_rows=4096)
+        shard.append([synthetic.rows(table, StreamId(actor=0, env=0), 0, 300)], 5.0)
+        shard.flush()
+        shard.close()
+        del shard
+        gc.collect()  # mapped pages stay
+        for path in filter(Path.is_file, Path(name).rglob("*")):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+        homes = [
+            open_raw(path, table) for path in layout.segment_paths(layout.shard_dir(Path(name), 0)).values()
+        ]
+        if not any(home.distant for home in homes):
+            pytest.skip("the page cache of this file system cannot be emptied")
+        for home in homes:
+            for column in home.views.columns.values():
+                column.sum()
+        assert not any(home.distant for home in homes)
