@@ -14,10 +14,10 @@ LOG := .venv/setup.log
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 ROOMS := system replay actors learner deploy bench
 
-.PHONY: help setup demo test lint types layers proof bench chaos bare proto docs clean
+.PHONY: help setup demo test lint types layers proof bench chaos chaos-replay bare proto docs clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
 
 setup: $(STAMP)  ## make .venv and install the pinned dependencies, once
 
@@ -67,6 +67,9 @@ bench: setup  ## every benchmark; rewrites the tables in docs/performance.md
 
 chaos: setup  ## kill the parts of a run; rewrites the table in docs/reliability.md
 	@$(BIN)/python -m bench chaos
+
+chaos-replay: setup  ## kill, corrupt and fill up a replay; rewrites its tables in docs/reliability.md
+	@$(BIN)/python -m bench chaos_replay
 
 bare: setup  ## train and bench in a second environment that has neither ray nor envpool
 	@$(BIN)/python -m bench.bare

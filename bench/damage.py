@@ -21,6 +21,7 @@ from replay.index import StreamRuns
 from replay.ledger import NAMES, read_ledger, save_ledger
 from replay.rows import Home, RowsGone, RowViews
 from replay.view import TableView
+from system.experience import StreamId
 from system.specs import TableSpec
 
 PAGE = 4096
@@ -158,22 +159,24 @@ class Served:
     rows: int
     numbers: dict[tuple[int, int], frozenset[int]]  # row numbers by actor and env
     wrong: tuple[str, ...]  # rows that are not what they must be, doubled or out of order
+    doubled: int = 0  # rows served more than once, by one shard or by several
 
 
 def read_all(root: Path, table: TableSpec) -> Served:
     """Read every row that a reader would be served, and compare it with what `synthetic.rows` made.
 
-    Rows must be of incarnation 0, at most once each, consecutive where the index says so.
+    Rows must be of incarnation 0, at most once each, consecutive where the index says so; overlays as in
+    `strange_latents`.
     Raises: as TableView.
     """
     view = TableView(root, table, 1)
     view.settle(SETTLE_SECONDS)
     view.refresh()
     wrong: list[str] = []
-    numbers: dict[tuple[int, int], frozenset[int]] = {}
+    found: dict[StreamId, list[int]] = {}  # over all shards
     for (_, key), runs in view.index.streams.items():
         stream = stream_of(key)
-        seen: list[int] = []
+        seen = found.setdefault(stream, [])
         for lo, hi in runs.bounds:
             for columns in _pieces(table, runs, lo, hi):
                 got = synthetic.row_number(columns)
@@ -183,15 +186,25 @@ def read_all(root: Path, table: TableSpec) -> Served:
                     continue
                 made = synthetic.rows(table, stream, int(got[0]), len(got)).columns
                 bad = [name for name in table.columns if not np.array_equal(columns[name], made[name])]
+                bad += [n for n in table.overlay if strange_latents(columns[n], made[n]).any()]
                 if bad:
                     wrong.append(f"{stream} rows {got[0]}..{got[-1]} differ in {bad}")
                 seen += got.tolist()
-        if len(seen) != len(set(seen)):
-            wrong.append(f"{stream} has {len(seen) - len(set(seen))} rows twice")
-        numbers[stream.actor, stream.env] = frozenset(seen)
-    rows = sum(map(len, numbers.values()))
     view.release()
-    return Served(rows=rows, numbers=numbers, wrong=tuple(wrong))
+    twice = {stream: len(seen) - len(set(seen)) for stream, seen in found.items()}
+    wrong += [f"{stream} has {rows} rows twice" for stream, rows in twice.items() if rows]
+    numbers = {(stream.actor, stream.env): frozenset(seen) for stream, seen in found.items()}
+    rows = sum(map(len, numbers.values()))
+    return Served(rows=rows, numbers=numbers, wrong=tuple(wrong), doubled=sum(twice.values()))
+
+
+def strange_latents(got: np.ndarray, appended: np.ndarray) -> np.ndarray:
+    """Which overlay rows [T, ...] are neither what was appended nor of one value throughout [T].
+
+    Drills write such constants back; zeros are what damaged latents become.
+    """
+    got, appended = got.reshape(len(got), -1), appended.reshape(len(got), -1)
+    return (got != appended).any(axis=1) & (got != got[:, :1]).any(axis=1)
 
 
 def _pieces(table: TableSpec, runs: StreamRuns[Home], lo: int, hi: int) -> Iterator[dict[str, np.ndarray]]:
