@@ -21,6 +21,7 @@ from replay.selection import Sampling
 from replay.shard import ReplayShard
 from system.errors import ConfigError, DeadlineError, SchemaError
 from system.experience import SequenceIds, StreamId, WriteBack
+from system.specs import TableSpec
 
 TABLE = synthetic.vector_table()
 SPEC = BatchSpec(batch=4, length=8, context=1)
@@ -272,6 +273,30 @@ def test_a_local_reader_mixes_another_table_and_resumes_exactly(tmp_path: Any) -
     reader.close()
     for shard in shards:
         shard.close()
+
+
+def test_a_source_without_overlays_keeps_its_columns_apart(tmp_path: Any) -> None:
+    table = TableSpec(columns=TABLE.columns, overlay={})  # stored with its keys in another order
+    for name in ("own", "other"):
+        shard = ReplayShard(tmp_path / name, 0, table, capacity_rows=1024)
+        shard.append([synthetic.rows(table, StreamId(actor=0, env=0), 0, 200)], 5.0)
+        shard.close()
+    reader = LocalReader(
+        tmp_path / "own",
+        table,
+        spec=SPEC,
+        seed=0,
+        limiter=limiter(),
+        controls=[],
+        sources={"other": (tmp_path / "other", 1.0)},
+    )
+    sequence = reader.sample(5.0)
+    assert set(sequence.ids.source.tolist()) == {0, 1}
+    for b, (_, start) in enumerate(places(sequence)):
+        wanted = synthetic.rows(table, StreamId(actor=0, env=0), start, SPEC.time).columns
+        for name in table.columns:
+            np.testing.assert_array_equal(sequence.columns[name][b], wanted[name], err_msg=name)
+    reader.close()
 
 
 def test_a_source_that_is_no_table_is_refused_by_name(tmp_path: Any) -> None:
