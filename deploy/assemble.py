@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from replay.limiter import RateLimiter
     from replay.pins import PinStore
     from replay.reader import LocalReader
+    from replay.selection import Sampling
     from replay.service import ShardServer
     from replay.shard import ReplayShard
     from system.interfaces import Policy
@@ -129,6 +130,21 @@ def rate_limiter(config: RunConfig) -> RateLimiter:
     )
 
 
+def sampling(config: RunConfig) -> Sampling:
+    """How the starts of sequences are chosen."""
+    from replay.selection import Sampling
+
+    sampling, priority = config.replay.sampling, config.replay.priority
+    return Sampling(
+        shares=sampling.shares,
+        exponent=priority.exponent,
+        importance=priority.importance,
+        half_life=priority.half_life,
+        recency=sampling.recency_power,
+        backlog=sampling.online_backlog,
+    )
+
+
 def replay_reader(
     config: RunConfig,
     env_spec: EnvSpec,
@@ -149,7 +165,6 @@ def replay_reader(
     from replay.layout import shard_dir
     from replay.reader import LocalReader
     from replay.remote import RemoteShard
-    from replay.selection import Sampling
 
     replay, root, table = config.replay, Path(run_dir) / "replay", table_spec(config, env_spec)
     credentials = security(config)
@@ -165,11 +180,7 @@ def replay_reader(
         spec=BatchSpec(
             batch=config.learner.batch, length=config.learner.length, context=config.learner.context
         ),
-        sampling=Sampling(
-            shares=replay.sampling.shares,
-            exponent=replay.priority.exponent,
-            importance=replay.priority.importance,
-        ),
+        sampling=sampling(config),
         sources={name: (source.path, source.weight) for name, source in replay.sources.items()},
         own_weight=replay.own_weight,
         seed=child_seed(config.seed, "sampler"),

@@ -25,11 +25,22 @@ class SamplingConfig(StrictConfig):
     """Share that prefers young rows."""
     prioritized: float = Field(0.0, ge=0)
     """Share drawn by the priorities the learner writes back."""
+    recency_power: float = Field(3.0, ge=1, le=100, allow_inf_nan=False)
+    """How much `recency` prefers the young: the youngest share x of a stream's starts gets the share
+    x ** (1 / recency_power) of the draws; 1 is uniform."""
+    online_backlog: int = Field(4096, ge=1, le=1 << 24)
+    """New windows that `online` keeps waiting; when there are more, the oldest are left to the others."""
 
     @property
     def shares(self) -> dict[str, float]:
         """Selectors in use by name."""
-        return {name: share for name, share in self.model_dump().items() if share > 0}
+        every = {
+            "uniform": self.uniform,
+            "online": self.online,
+            "recency": self.recency,
+            "prioritized": self.prioritized,
+        }
+        return {name: share for name, share in every.items() if share > 0}
 
 
 class PriorityConfig(StrictConfig):
@@ -41,6 +52,8 @@ class PriorityConfig(StrictConfig):
     """Power of the priority in the draw; 0 is uniform."""
     importance: float = Field(0.4, ge=0, le=1)
     """Power of the weights that undo the preference in the loss; 0 leaves it, 1 undoes it fully."""
+    half_life: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Batches until a priority has faded half-way to the highest one, which new rows have; 0: it stays."""
 
 
 class SourceConfig(StrictConfig):

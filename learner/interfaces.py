@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from replay.batch_spec import BatchSpec
 from system.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -32,20 +33,6 @@ class Space:
     kind: Literal["discrete", "box", "image", "latent", "macro", "condition", "none"]
     shape: tuple[int, ...] = ()
     classes: tuple[int, ...] = ()  # discrete only: one entry per component
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSpec:
-    """What a stage asks of replay."""
-
-    batch: int
-    length: int  # trained rows per sequence, context excluded
-    context: int = 0  # rows before them that only supply state
-    stride: int = 1
-    need: frozenset[str] = frozenset({"obs"})
-    cross_episodes: bool = True  # False for search targets, clips and goals
-    source: str = "online"
-    sampler: str = "uniform"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,7 +113,7 @@ class Stage:
 
     name: str
     train: tuple[str, ...]
-    spec: BatchSpec
+    spec: BatchSpec  # what it asks of replay
     until: int  # updates; 0 means until the run ends
     collect: Literal["off", "random", "policy"] = "policy"
     then: tuple[str, ...] = ()

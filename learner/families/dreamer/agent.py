@@ -20,11 +20,12 @@ from learner.families.dreamer.behavior import ActorCritic
 from learner.families.dreamer.config import DreamerConfig
 from learner.families.dreamer.latents import latent_columns
 from learner.families.dreamer.world_model import DreamerWorldModel
-from learner.interfaces import BatchSpec, Stage, Tree, check_needs
+from learner.interfaces import Stage, Tree, check_needs
 from learner.nn.codec import pack_float, pack_one_hot, unpack_float, unpack_one_hot
 from learner.nn.heads import encode_action
 from learner.nn.layers import initialise
 from learner.nn.optim import FlatParameters, LaProp, check_arrays
+from replay.batch_spec import BatchSpec
 from system.errors import SchemaError
 from system.experience import Sequence, WriteBack
 from system.seeds import child_seed
@@ -81,8 +82,7 @@ class DreamerAgent:
 
     def stages(self, batch: int, length: int) -> tuple[Stage, ...]:
         """DreamerV3 is one stage that never ends."""
-        need = frozenset({"obs", "action", "reward"}) | frozenset(self.columns)
-        spec = BatchSpec(batch=batch, length=length, context=1, need=need)
+        spec = BatchSpec(batch=batch, length=length, context=1)
         return (Stage(name="dreamer", train=("model", "behavior"), spec=spec, until=0),)
 
     def parameter_count(self) -> int:

@@ -2,8 +2,10 @@
 
 import pytest
 
+from deploy import assemble
 from deploy.replay_config import ReplayConfig
 from deploy.run_config import compose
+from replay.selection import Sampling
 from system.errors import ConfigError
 
 
@@ -26,6 +28,18 @@ def test_shares_and_sources_come_from_the_command_line() -> None:
     assert replay.sources["expert"].weight == 0.5
 
 
+def test_selectors_are_made_as_configured() -> None:
+    assert assemble.sampling(compose("cartpole")[0]) == Sampling()
+    settings = [
+        "replay.sampling={recency: 1, online: 1, prioritized: 1, recency_power: 5, online_backlog: 100}",
+        "replay.priority={signal: value, exponent: 0.5, importance: 0.25, half_life: 900}",
+    ]
+    made = assemble.sampling(compose("cartpole", settings)[0])
+    assert made.shares == {"uniform": 1.0, "online": 1.0, "recency": 1.0, "prioritized": 1.0}
+    assert (made.recency, made.backlog) == (5.0, 100)
+    assert (made.exponent, made.importance, made.half_life) == (0.5, 0.25, 900.0)
+
+
 @pytest.mark.parametrize(
     ("assignments", "says"),
     [
@@ -33,6 +47,10 @@ def test_shares_and_sources_come_from_the_command_line() -> None:
         (["replay.sampling.prioritised=1"], "did you mean replay.sampling.prioritized"),
         (["replay.sampling.prioritized=1"], "replay.priority.signal"),
         (["replay.priority.signal=value"], "replay.sampling.prioritized"),
+        (["replay.sampling.recency_power=0.5"], "greater than or equal to 1"),
+        (["replay.sampling.online_backlog=0"], "greater than or equal to 1"),
+        (["replay.priority.half_life=-1"], "greater than or equal to 0"),
+        (["replay.priority.half_life=.inf"], "finite"),
         (["replay.own_weight=0"], "replay.sources"),
         (["replay.sources={'../x': {path: a}}"], "must match"),
         (["replay.sources.x.weight=0", "replay.sources.x.path=a"], "greater than 0"),

@@ -15,7 +15,7 @@ from deploy.run_dir import RunDirectory
 from learner.checkpoint import CheckpointStore
 from replay import synthetic
 from replay.pins import PinStore
-from system.errors import IntegrityError
+from system.errors import ConfigError, IntegrityError
 from system.experience import StreamId
 from system.metrics import Metrics
 
@@ -119,3 +119,10 @@ def test_exact_from_a_checkpoint_that_pinned_nothing_is_refused(run: Run) -> Non
     with pytest.raises(IntegrityError, match=r"--set replay\.resume=keep"):
         prepare_replay(run.config("exact"), run.env_spec, run.dir)
     assert run.inserted() == (ROWS, ROWS)
+
+
+def test_exact_with_a_shard_on_another_node_is_refused(run: Run) -> None:
+    addresses = ("127.0.0.1:1", "127.0.0.1:2")  # there is no directory of shard 1 here
+    metrics = Metrics("t", "learner")
+    with pytest.raises(ConfigError, match=r"shard 1 is at 127\.0\.0\.1:2; set replay\.resume=keep"):
+        assemble.replay_reader(run.config("exact"), run.env_spec, str(run.dir.path), addresses, metrics)

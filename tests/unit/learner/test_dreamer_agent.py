@@ -342,8 +342,8 @@ def test_weights_hold_what_an_actor_needs_and_nothing_else():
     assert {a.dtype for a in agent.weights().values()} == {np.dtype(np.float32)}
 
 
-def test_stage_asks_replay_for_latents_and_one_context_row():
+def test_stage_draws_one_context_row_whose_latents_are_stored():
     agent, _ = build(vector_env())
     (stage,) = agent.stages(16, 64)
     assert (stage.spec.batch, stage.spec.length, stage.spec.context) == (16, 64, 1)
-    assert {"deter", "stoch"} < stage.spec.need
+    assert {"deter", "stoch"} <= set(agent.columns)
