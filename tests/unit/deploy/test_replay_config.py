@@ -1,5 +1,7 @@
 """The replay section: defaults change nothing, contradictions are refused with what to do."""
 
+from dataclasses import replace
+
 import pytest
 
 from deploy import assemble
@@ -7,6 +9,7 @@ from deploy.replay_config import ReplayConfig
 from deploy.run_config import compose
 from replay.selection import Sampling
 from system.errors import ConfigError
+from system.specs import ActionSpec, ArraySpec, EnvSpec
 
 
 def test_by_default_every_row_is_kept_raw_and_drawn_uniformly() -> None:
@@ -62,3 +65,13 @@ def test_selectors_are_made_as_configured() -> None:
 def test_contradictions_are_refused(assignments: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         compose("cartpole", assignments)
+
+
+def test_added_keys_get_the_defaults_that_were_said() -> None:
+    config, _ = compose("cartpole", ["replay.evolve=true", "replay.defaults.goal=-1.5"])
+    obs = {key: ArraySpec(shape=(4,), dtype="float32") for key in ("vector", "goal")}
+    env_spec = EnvSpec(name="test", obs=obs, action=ActionSpec(kind="discrete", classes=(2,)))
+    table = assemble.table_spec(config, env_spec)
+    assert (table.columns["goal"].default, table.columns["vector"].default) == (-1.5, None)
+    with pytest.raises(ConfigError, match=r"\['goal'\] that test does not show"):
+        assemble.table_spec(config, replace(env_spec, obs={"vector": obs["vector"]}))
