@@ -71,7 +71,9 @@ class LearnerRole:
             config, env_spec, spec.run_dir, spec.shard_addresses, self.metrics, pins=self._pins
         )
         sink = GrpcWeightSink(spec.params_address, security=assemble.security(config))
-        publisher = Publisher(agent, sink, config.learner.publish_updates, metrics=self.metrics)
+        publisher = Publisher(  # lives begin at 1; rows of an earlier one may be there without its weights
+            agent, sink, config.learner.publish_updates, epoch=max(1, spec.incarnation), metrics=self.metrics
+        )
         run_dir = RunDirectory(Path(spec.run_dir))
         self._limits = LimitKeeper(run_dir, config, self._reader.limiter)
         self._limits.restore()

@@ -53,11 +53,15 @@ def prepare_replay(config: RunConfig, env_spec: EnvSpec, run_dir: RunDirectory) 
         threading.Thread(target=empty_trash, args=(run_dir.replay,), name="trash", daemon=True).start()
 
 
-def check_weights(config: RunConfig, env_spec: EnvSpec, run_dir: RunDirectory) -> None:
-    """Refuse weights made for other spaces before anything starts: replay may evolve, they cannot.
+def check_evolution(config: RunConfig, env_spec: EnvSpec, run_dir: RunDirectory) -> None:
+    """Refuse a replay or weights that do not fit what the environment shows, before anything is changed.
 
-    Raises: ConfigError saying what to do with them.
+    Raises: SchemaError when stored rows cannot be read; ConfigError for weights: replay may evolve, they
+    cannot. Each says what to do.
     """
+    table, root = assemble.table_spec(config, env_spec), run_dir.replay
+    if (root / "table.json").exists():
+        layout.read_history(root).under(table, root, evolve=True)
     newest = CheckpointStore(run_dir.checkpoints, config.learner.keep_checkpoints).newest_meta()
     if newest is None:
         return

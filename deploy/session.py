@@ -146,15 +146,16 @@ class Session:
     def _env_spec(self) -> EnvSpec:
         """As the run began; looked at again when its replay may evolve, or to begin.
 
-        Raises: ConfigError when the weights of the run do not fit what the environment shows now.
+        Raises: ConfigError, SchemaError when weights or replay of the run do not fit what the environment
+        shows now.
         """
         if self.resumed and self.run_dir.env_file.is_file() and not self.config.replay.evolve:
             return self.run_dir.env_spec()
         env_spec = probe_env(self.config.env.name, self.config.env.options)
         if self.resumed and self.config.replay.evolve:
-            from deploy.resume import check_weights
+            from deploy.resume import check_evolution
 
-            check_weights(self.config, env_spec, self.run_dir)
+            check_evolution(self.config, env_spec, self.run_dir)
         return env_spec
 
     def _check_machine(self) -> None:
