@@ -137,6 +137,28 @@ class ReadReply(_message.Message):
     payload: bytes
     def __init__(self, rows: _Optional[_Iterable[int]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
+class FlagsRequest(_message.Message):
+    __slots__ = ("life", "origin", "stream", "start", "count")
+    LIFE_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    life: int
+    origin: int
+    stream: int
+    start: int
+    count: int
+    def __init__(self, life: _Optional[int] = ..., origin: _Optional[int] = ..., stream: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class FlagsReply(_message.Message):
+    __slots__ = ("found", "is_first")
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    IS_FIRST_FIELD_NUMBER: _ClassVar[int]
+    found: bool
+    is_first: bytes
+    def __init__(self, found: _Optional[bool] = ..., is_first: _Optional[bytes] = ...) -> None: ...
+
 class WriteBackRequest(_message.Message):
     __slots__ = ("life", "patches")
     LIFE_FIELD_NUMBER: _ClassVar[int]

@@ -61,6 +61,11 @@ class ReplayServiceStub:
                 request_serializer=replay_dot_experience__pb2.ReadRequest.SerializeToString,
                 response_deserializer=replay_dot_experience__pb2.ReadReply.FromString,
                 _registered_method=True)
+        self.Flags = channel.unary_unary(
+                '/dreamfleet.replay.v1.ReplayService/Flags',
+                request_serializer=replay_dot_experience__pb2.FlagsRequest.SerializeToString,
+                response_deserializer=replay_dot_experience__pb2.FlagsReply.FromString,
+                _registered_method=True)
         self.WriteBack = channel.unary_unary(
                 '/dreamfleet.replay.v1.ReplayService/WriteBack',
                 request_serializer=replay_dot_experience__pb2.WriteBackRequest.SerializeToString,
@@ -110,6 +115,13 @@ class ReplayServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Flags(self, request, context):
+        """Where episodes begin among rows, without the rows. Roles learner, driver.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WriteBack(self, request, context):
         """New values of overlay columns. Role learner.
         """
@@ -144,6 +156,11 @@ def add_ReplayServiceServicer_to_server(servicer, server):
                     servicer.Read,
                     request_deserializer=replay_dot_experience__pb2.ReadRequest.FromString,
                     response_serializer=replay_dot_experience__pb2.ReadReply.SerializeToString,
+            ),
+            'Flags': grpc.unary_unary_rpc_method_handler(
+                    servicer.Flags,
+                    request_deserializer=replay_dot_experience__pb2.FlagsRequest.FromString,
+                    response_serializer=replay_dot_experience__pb2.FlagsReply.SerializeToString,
             ),
             'WriteBack': grpc.unary_unary_rpc_method_handler(
                     servicer.WriteBack,
@@ -288,6 +305,33 @@ class ReplayService:
             '/dreamfleet.replay.v1.ReplayService/Read',
             replay_dot_experience__pb2.ReadRequest.SerializeToString,
             replay_dot_experience__pb2.ReadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Flags(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dreamfleet.replay.v1.ReplayService/Flags',
+            replay_dot_experience__pb2.FlagsRequest.SerializeToString,
+            replay_dot_experience__pb2.FlagsReply.FromString,
             options,
             channel_credentials,
             insecure,

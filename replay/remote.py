@@ -20,12 +20,20 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from replay.back_writer import BackWriter
-from replay.experience_pb2 import BoundsReply, BoundsRequest, ReadRequest, WriteBackRequest
+from replay.experience_pb2 import (
+    BoundsReply,
+    BoundsRequest,
+    FlagsReply,
+    FlagsRequest,
+    ReadRequest,
+    WriteBackRequest,
+)
 from replay.experience_pb2_grpc import ReplayServiceStub
 from replay.fetch import RowFetcher
 from replay.index import Run, StartIndex
 from replay.messages import RowCodec
-from replay.rows import Home, RowViews
+from replay.rows import Home, RowsGone, RowViews
+from replay.served import MOST_FLAGS
 from system.metrics import Metrics
 from system.specs import TableSpec
 from system.wire import OPEN, Security, call_metadata, error_of, open_channel
@@ -71,6 +79,10 @@ class RemoteRows:
     def will_need(self, first: int, count: int) -> None:
         """As Home."""
         self._shard.fetcher.want(self.origin, self.stream, first, count)
+
+    def first_flags(self, first: int, count: int) -> NDArray[np.bool_] | None:
+        """As episodes.FlagHome; waits for the wire, where one bit per row travels. Raises: RowsGone."""
+        return self._shard.first_flags(self.origin, self.stream, first, count)
 
     def write_overlay(self, name: str, first: int, values: NDArray[Any]) -> int:
         """As Home; the rows are on their way when this returns, and read here as if they had arrived."""
@@ -183,6 +195,33 @@ class RemoteShard:
         """The shard is to be found here from now on; for any thread."""
         self._address = address
         self._wake.set()
+
+    def first_flags(self, origin: int, stream: int, start: int, rows: int) -> NDArray[np.bool_] | None:
+        """is_first of rows from position `start` on [rows]; None when the shard does not tell.
+
+        Raises: RowsGone.
+        """
+        parts: list[NDArray[np.bool_]] = []
+        for at in range(start, start + rows, MOST_FLAGS):
+            count = min(MOST_FLAGS, start + rows - at)
+            life = self.fetcher.life
+            asked = FlagsRequest(life=life, origin=origin, stream=stream, start=at, count=count)
+            call = self._start_call("Flags", asked) if life else None
+            if call is None:
+                raise RowsGone(f"shard {self.index} is away")
+            try:
+                reply: FlagsReply = call.result()
+            except grpc.FutureCancelledError as error:  # the channel was closed meanwhile
+                raise RowsGone(f"shard {self.index} is away") from error
+            except grpc.RpcError as error:
+                if call.code() == grpc.StatusCode.UNIMPLEMENTED:
+                    return None
+                self._call_failed(call)
+                raise RowsGone(f"shard {self.index} did not answer") from error
+            if not reply.found or len(reply.is_first) != -(-count // 8):
+                raise RowsGone(f"rows {at}..{at + count - 1} of stream {stream} are gone")
+            parts.append(np.unpackbits(np.frombuffer(reply.is_first, np.uint8), count=count).astype(np.bool_))
+        return np.concatenate(parts)
 
     def flush(self, timeout: float) -> bool:
         """Wait until the shard has what was written back; False when it does not within `timeout` seconds."""

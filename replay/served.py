@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay import layout
+from replay.episodes import FlagHome
 from replay.evolve import evolving
 from replay.follow import OPENERS, MappedShard
 from replay.index import StartIndex
@@ -26,6 +27,8 @@ from system.errors import RejectedError
 from system.wire import MAX_MESSAGE_BYTES
 
 LONGEST_READ_BYTES = MAX_MESSAGE_BYTES // 2
+MOST_FLAGS = 1 << 20
+"""Rows whose flags travel in one message, as experience.proto says."""
 
 
 class Span(NamedTuple):
@@ -84,6 +87,26 @@ class ServedRows:
                 if lost is None:
                     return rows, payload
                 gone.add(lost)
+
+    def first_flags(self, span: Span) -> NDArray[np.bool_] | None:
+        """is_first of a span [rows]; None when it is not live.
+
+        Raises: RejectedError (size).
+        """
+        if not 0 < span.rows <= MOST_FLAGS:
+            raise RejectedError("size", f"flags of {span.rows} rows must be of 1 .. {MOST_FLAGS}; split it")
+        parts: list[NDArray[np.bool_]] = []
+        with self._lock:
+            self._shard.refresh(self._index)
+            if not self._live(span):
+                return None
+            runs = self._index.streams[span.origin, span.stream]
+            for home, first, count in runs.pieces(span.start, span.rows):
+                found = home.first_flags(first, count) if isinstance(home, FlagHome) else None
+                if found is None:  # no tier does this: it is a narrow column
+                    return None
+                parts.append(found)
+            return np.concatenate(parts)
 
     def write(self, origin: int, stream: int, start: int, column: str, data: bytes) -> int:
         """Overwrite live rows of an overlay column from position `start` on; returns how many.

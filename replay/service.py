@@ -22,6 +22,8 @@ from replay.experience_pb2 import (
     AppendRequest,
     BoundsReply,
     BoundsRequest,
+    FlagsReply,
+    FlagsRequest,
     GrantReply,
     GrantRequest,
     ReadReply,
@@ -136,6 +138,18 @@ class ReplayServicer(ReplayServiceServicer):
         finally:
             self._reads.release()
         return ReadReply(rows=rows, payload=payload)
+
+    def Flags(self, request: FlagsRequest, context: grpc.ServicerContext) -> FlagsReply:
+        try:
+            self._require(context, CONTROL_ROLES, "read flags")
+            self._require_life(request.life)
+            span = Span(request.origin, request.stream, request.start, request.count)
+            flags = self._served.first_flags(span)
+        except RejectedError as error:
+            self._refuse(context, error)
+        if flags is None:
+            return FlagsReply(found=False)
+        return FlagsReply(found=True, is_first=np.packbits(flags).tobytes())
 
     def WriteBack(self, request: WriteBackRequest, context: grpc.ServicerContext) -> WriteBackReply:
         try:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from replay import layout, synthetic
-from replay.experience_pb2 import BoundsRequest, OverlayRows, ReadRequest, WriteBackRequest
+from replay.episodes import EpisodeStarts, FlagHome
+from replay.experience_pb2 import BoundsRequest, FlagsRequest, OverlayRows, ReadRequest, WriteBackRequest
 from replay.experience_pb2_grpc import ReplayServiceStub
 from replay.index import StartIndex
 from replay.remote import RemoteShard
@@ -254,11 +255,41 @@ def test_a_local_directory_is_read_without_the_wire(cluster: Cluster) -> None:
     view.release()
 
 
+def test_episodes_are_found_by_their_flags_alone(cluster: Cluster) -> None:
+    cluster.start(1)
+    for start in range(0, 400, 50):
+        cluster.fill(1, rows=50, start=start)
+    index: StartIndex[Home] = StartIndex(6)
+    remote = cluster.remote(1)
+    wait_for(remote, lambda: index.rows == 800, index)
+    view = TableView(cluster.base / "node-1", TABLE, 6)
+    far, near = EpisodeStarts(index, TABLE.all), EpisodeStarts(view.index, TABLE.all)
+    assert 0 < far.total == near.total < 800 - 2 * 5
+    draws = np.arange(far.total, dtype=np.int64)
+    for one, other in zip(far.pick(draws), near.pick(draws), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (remote.fetcher.fetched_rows, remote.fetcher.kept) == (0, 0)  # no row came over the wire
+    for piece in view.index.streams[1, 1 << 16].pieces(0, 400):
+        assert isinstance(piece.home, FlagHome)
+    (piece,) = index.streams[1, 1 << 16].pieces(3, 390)
+    assert isinstance(piece.home, FlagHome)
+    wanted = synthetic.rows(TABLE, StreamId(actor=1, env=0), 3, 390).columns["is_first"]
+    np.testing.assert_array_equal(piece.home.first_flags(piece.first, piece.rows), wanted)
+    with pytest.raises(RowsGone, match="are gone"):
+        piece.home.first_flags(300, 101)
+    cluster.stop(1)
+    with pytest.raises(RowsGone, match="shard 1"):
+        piece.home.first_flags(0, 5)
+    view.release()
+
+
 @pytest.mark.parametrize(
     ("name", "request_", "role", "reason"),
     [
         ("Read", ReadRequest(origin=[0]), "learner", "life"),
         ("Read", ReadRequest(origin=[0]), "actor", "role"),
+        ("Flags", FlagsRequest(count=1), "learner", "life"),
+        ("Flags", FlagsRequest(count=1), "actor", "role"),
         ("WriteBack", WriteBackRequest(), "driver", "role"),
         ("WriteBack", WriteBackRequest(), "learner", "life"),
     ],
@@ -306,6 +337,9 @@ def test_requests_for_what_no_shard_has_are_answered_or_refused(cluster: Cluster
         )
         long = ReadRequest(life=page.life, origin=[0], stream=[0], start=[0], count=[(1 << 32) - 1])
         assert refused("Read", long) == "size"
+        assert refused("Flags", FlagsRequest(life=page.life, count=0)) == "size"
+        assert refused("Flags", FlagsRequest(life=page.life, count=(1 << 20) + 1)) == "size"
+        assert not stub.Flags(FlagsRequest(life=page.life, start=198, count=5), **who).found
 
         def patch(column: str, data: bytes, start: int = 0) -> WriteBackRequest:
             rows = OverlayRows(origin=0, stream=0, start=start, column=column, data=data)
