@@ -26,6 +26,7 @@ from replay.quarantine import report_damage
 from replay.raw import open_raw
 from replay.rows import Home, SegmentHome
 from replay.vetting import Verdict, Vetting, judge
+from replay.vouching import read_verified
 from system.errors import IntegrityError, PreflightError, SchemaError
 from system.experience import StreamId
 from system.metrics import Metrics
@@ -270,7 +271,7 @@ class MappedShard:
         for key in [key for key in self._segments if key not in paths]:
             index.drop(self._segments.pop(key).home)
         self._suspects = {key: one for key, one in self._suspects.items() if paths.get(key) == one[0].path}
-        vouched = layout.read_verified(self._directory) if self.alive else None
+        vouched = read_verified(self._directory)
         budget = AT_ONCE_NBYTES
         for key, path in reversed(paths.items()):
             before = self._segments.get(key)

@@ -128,16 +128,6 @@ def adopted_dirs(directory: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
-def read_verified(directory: Path) -> frozenset[str] | None:
-    """Names of the segments that the owner of a shard vouches for; None when it left no readable word."""
-    try:
-        value = read_json(directory / VERIFIED)
-    except IntegrityError:
-        return None
-    names = value.get("segments") if value else None
-    return frozenset(map(str, names)) if isinstance(names, list) else None
-
-
 def make_dir(path: Path) -> None:
     """Raises: PreflightError when the directory cannot be made or is not writable."""
     try:
@@ -329,16 +319,24 @@ def take_lock(directory: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
-        owner = file.read().strip() or "unknown"
+        owner = (file.read().split() or ["unknown"])[0]
         file.close()
         raise PreflightError(
             f"replay shard {directory} is owned by process {owner}; one process may own a shard: "
             "stop that one or choose another replay root"
         ) from error
     file.truncate(0)
-    file.write(str(os.getpid()))
+    file.write(f"{os.getpid()} {os.urandom(8).hex()}")
     file.flush()
     return file
+
+
+def lock_owner(directory: Path) -> str:
+    """What the last one to take the lock wrote there, another word each time; empty when nobody did."""
+    try:
+        return (directory / "shard.lock").read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def lock_held(directory: Path) -> bool:

@@ -29,6 +29,7 @@ from replay.ledger import keep_reserve, save_ledger
 from replay.quarantine import quarantine
 from replay.recovery import Entry, bytes_on_disk, recover
 from replay.segment import Segment, SegmentFormat
+from replay.vouching import write_verified
 from system.errors import DeadlineError, PreflightError
 from system.experience import Columns, StreamId
 from system.metrics import Metrics
@@ -224,8 +225,7 @@ class SegmentLog:
     def vouch(self) -> None:
         """Write down which segments are verified or were filled in this life, and where streams are."""
         names = [str(e.path.relative_to(self.directory)) for e in self.entries() if e.verified]
-        value = {"format": layout.FORMAT, "epoch": self.ledger.epoch, "segments": names}
-        layout.write_json(self.directory / layout.VERIFIED, value)
+        write_verified(self.directory, self.ledger.epoch, names)
         save_ledger(self.directory, self.ledger)
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ from replay.ledger import Ledger, boot_id, read_ledger
 from replay.quarantine import quarantine
 from replay.seal import Damage, Manifest
 from replay.segment import Segment, SegmentFormat
+from replay.vouching import last_verified
 from system.errors import IntegrityError, SchemaError
 from system.experience import StreamId
 from system.metrics import Metrics
@@ -78,7 +79,7 @@ def recover(directory: Path, index: int, fmt: SegmentFormat, metrics: Metrics | 
     Raises: PreflightError when files cannot be opened or moved.
     """
     layout.sweep(directory)
-    known = layout.read_verified(directory) or frozenset()
+    known = last_verified(directory)
     ledger, wrong = read_ledger(directory)
     rebuilt = ledger is None and bool(wrong)
     found = Recovered(ledger=ledger or Ledger())

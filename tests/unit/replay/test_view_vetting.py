@@ -1,5 +1,6 @@
 """Before rows can be drawn: segments are vetted, and looked at whether they are in memory."""
 
+import contextlib
 import gc
 import os
 import tempfile
@@ -15,9 +16,11 @@ from replay.follow import MappedShard
 from replay.index import StartIndex
 from replay.raw import open_raw
 from replay.rows import Home, RowViews
+from replay.segment import data_path
 from replay.shard import ReplayShard
 from replay.vetting import Vetting
 from replay.view import TableView
+from replay.vouching import last_verified, read_verified
 from system.experience import StreamId
 
 TABLE = synthetic.vector_table()
@@ -59,11 +62,37 @@ def test_what_is_not_vetted_yet_is_not_drawn(tmp_path: Path, monkeypatch: pytest
     view.release()
 
 
+def test_the_word_of_an_earlier_owner_is_not_believed_while_the_next_one_opens(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with contextlib.closing(ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)) as owner:
+        assert owner.settle(20.0)
+    directory = layout.shard_dir(tmp_path, 0)
+    assert last_verified(directory)
+    file = data_path(layout.segment_paths(directory)[0], "vector", 3)
+    raw = bytearray(file.read_bytes())
+    raw[70 * TABLE.columns["vector"].nbytes] ^= 1
+    file.write_bytes(raw)
+    with layout.take_lock(directory):  # as an owner that has verified nothing yet
+        view = TableView(tmp_path, TABLE, 1)
+        assert check_rows(view.index) == 300 - 128
+        view.release()
+
+
+def test_the_word_of_the_owner_is_believed(tmp_path: Path) -> None:
+    owner = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
+    append(owner, 0, 30)
+    assert owner.settle(20.0)
+    directory = layout.shard_dir(tmp_path, 0)
+    assert read_verified(directory) == {path.name for path in layout.segment_paths(directory).values()}
+    owner.close()
+    assert read_verified(directory) is None
+
+
 def test_rows_appended_while_their_segment_is_vetted_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow, "AT_ONCE_NBYTES", 0)
-    monkeypatch.setattr(layout, "read_verified", lambda _: None)
+    monkeypatch.setattr(follow, "read_verified", lambda _: None)
     owner = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
     append(owner, 0, 30)
     vetting, release = Vetting(), threading.Event()
