@@ -36,7 +36,7 @@ from replay.ledger import read_ledger
 from replay.restore import restore_exact
 from system.errors import InfrastructureError
 
-KEEPING, EVICTING = 1 << 20, 2048
+KEEPING, EVICTING = 1 << 20, 3072
 TRIALS_PER_FOLDER = 10
 LONGEST_LIFE_SECONDS = 0.4
 UNFINISHED_STARTS = 0.25

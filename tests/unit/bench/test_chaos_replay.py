@@ -114,10 +114,10 @@ def test_lost_rows_are_seen(home: Path, capacity_rows: int) -> None:
 def test_an_eviction_is_no_loss_but_more_than_the_capacity_is() -> None:
     numbers = {(0, 0): frozenset(range(1500, 3200))}
     served = damage.Served(rows=1700, numbers=numbers, wrong=())
-    assert replay_kills.lost_rows(served, {0: 3200}, replay_kills.EVICTING) == 0
+    assert replay_kills.lost_rows(served, {0: 3200}, 2048) == 0
     assert replay_kills.lost_rows(served, {0: 3200}, replay_kills.KEEPING) == 1500
     few = damage.Served(rows=200, numbers={(0, 0): frozenset(range(3000, 3200))}, wrong=())
-    assert replay_kills.lost_rows(few, {0: 3200}, replay_kills.EVICTING) > 1000
+    assert replay_kills.lost_rows(few, {0: 3200}, 2048) > 1000
 
 
 def test_a_kill_costs_nothing(tmp_path: Path) -> None:
