@@ -106,7 +106,7 @@ def test_replay_of_another_schema_is_refused(dreamfleet: Command, recipe: Recipe
     layout.open_table(tmp_path / "runs" / "short" / "replay", table)
     outcome = dreamfleet("train", recipe(), "--backend", "local")
     outcome.check_refused(
-        2, "has schema", table.digest[:12], "column image only in this run", "another replay root"
+        2, "has schema", table.digest[:12], "column image not stored", "another replay root"
     )
 
 
