@@ -177,6 +177,11 @@ class GrantSplitter:
         line = self._lines.get(shard)
         return line is not None and line.up and not line.leaving
 
+    def ceiling(self, shard: int) -> int:
+        """Lifetime rows the shard may believe it can reach, 0 when it was told nothing."""
+        line = self._lines.get(shard)
+        return 0 if line is None else line.ceiling
+
     def join(self, shard: int, control: GrantTaker) -> None:
         """Send credit to one more shard, or to a shard by another way than before."""
         self._lines[shard] = _Line(shard, control)

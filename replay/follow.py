@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -17,18 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from replay import layout, seal
-from replay.admission import MAX_ACTOR, MAX_ENV, stream_key
 from replay.catalog import Catalog
 from replay.cold import ColdSegment
 from replay.far import FarSegment
-from replay.index import Run, StartIndex
+from replay.followed import Followed, named
+from replay.index import StartIndex
 from replay.quarantine import report_damage
 from replay.raw import open_raw
 from replay.rows import Home, SegmentHome
 from replay.vetting import Verdict, Vetting, judge
 from replay.vouching import read_verified
 from system.errors import IntegrityError, PreflightError, SchemaError
-from system.experience import StreamId
 from system.metrics import Metrics
 from system.specs import TableSpec
 
@@ -40,6 +40,9 @@ ALIVE_SECONDS = 1.0
 """How long an answer to `alive` is believed."""
 DISTANT_SECONDS, DISTANT_SHARE, LOOKS = 1.0, 0.1, 64
 """How long an answer to `distant` is believed; True beyond this share of about so many segments looked at."""
+
+AGAIN_SECONDS = 60.0
+"""When a segment that the system would not read is tried again."""
 
 OpenSegment = Callable[[Path, TableSpec], SegmentHome]
 """Opens a segment of one tier. Raises: FileNotFoundError when it is gone; IntegrityError, SchemaError,
@@ -89,57 +92,6 @@ def _adopted(directory: Path) -> list[tuple[Path, int]]:
     return [(path, int(match[1])) for path, match in named if match is not None]
 
 
-class _Followed:
-    """A segment and the rows of it that the index has."""
-
-    def __init__(self, path: Path, origin: int, home: SegmentHome) -> None:
-        self.path = path
-        self.origin = origin
-        self.home = home
-        self.known = np.zeros(len(home.committed), np.int64)  # [S]
-        self.runs: list[Run[Home] | None] = [None] * len(self.known)
-        self.limit: NDArray[np.int64] | None = None  # [S] rows that may be read, where some may not
-        self.sealed = False  # the counters will not change any more
-
-    @property
-    def complete(self) -> bool:
-        """Nothing is to be expected once its counters have been read."""
-        rows = self.home.slot_rows
-        most = rows if self.limit is None else np.minimum(self.limit, rows)
-        return self.sealed or bool((self.known == most).all())
-
-    def believe(self, good: NDArray[np.int64], seen: NDArray[np.int64]) -> int:
-        """Of the `seen` rows of each slot [S] only `good` [S] may be read; return how many that costs.
-
-        A slot with damage is read up to there and no further, whatever is appended to it.
-        """
-        lost = int(np.maximum(seen - good, 0).sum())  # more may be good than were seen: it grew meanwhile
-        if lost:
-            self.limit = np.where(good < seen, good, self.home.slot_rows)
-        return lost
-
-    def read_counters(self, index: StartIndex[Home]) -> bool:
-        """Tell the index of new rows; False when nothing changed."""
-        now = self.home.committed.copy()  # one load of the counters; rows behind it are complete
-        if self.limit is not None:
-            now = np.minimum(now, self.limit)
-        changed = np.flatnonzero(now != self.known)
-        if not len(changed):
-            return False
-        for slot in changed.tolist():
-            run = self.runs[slot]
-            if run is None:
-                run = self.runs[slot] = self._new_run(index, slot)
-            index.grow(run, run.start + int(now[slot]))
-        self.known = now
-        return True
-
-    def _new_run(self, index: StartIndex[Home], slot: int) -> Run[Home]:
-        actor, env, start = self.home.slots[slot].tolist()
-        stream = stream_key(StreamId(actor=actor, env=env))
-        return index.add(self.origin, stream, start, self.home, slot * self.home.slot_rows)
-
-
 def _vet(home: SegmentHome, trusted: bool) -> NDArray[np.int64]:
     home.mend()
     return home.committed.copy() if trusted else home.good_rows()
@@ -172,10 +124,11 @@ class MappedShard:
             raise FileNotFoundError(directory)  # its owner is opening it and has counted nothing so far
         self._inode = (directory / "catalog.bin").stat().st_ino  # nobody else gets it while it is mapped
         self._generation = -1
-        self._segments: dict[Key, _Followed] = {}
-        self._growing: list[_Followed] = []  # those with a slot that is not full
-        self._suspects: dict[Key, tuple[_Followed, NDArray[np.int64], Verdict]] = {}  # rows seen [S]
+        self._segments: dict[Key, Followed] = {}
+        self._growing: list[Followed] = []  # those with a slot that is not full
+        self._suspects: dict[Key, tuple[Followed, NDArray[np.int64], Verdict]] = {}  # rows seen [S]
         self._skipped: set[Path] = set()  # damaged ones
+        self._again_at = math.inf  # when those that could not be read are tried again
         self._alive, self._alive_until = True, 0.0
         self._distant, self._distant_until, self._looks = False, 0.0, 0
 
@@ -239,6 +192,8 @@ class MappedShard:
 
     def refresh(self, index: StartIndex[Home]) -> None:
         """As ShardView."""
+        if time.monotonic() >= self._again_at:
+            self._generation, self._again_at = -1, math.inf
         generation = self._catalog["generation"]
         listed = generation != self._generation
         if listed and self._list(index):
@@ -278,7 +233,7 @@ class MappedShard:
             if path in self._skipped or key in self._suspects or (before is not None and before.path == path):
                 continue
             try:
-                followed = _Followed(path, key[0], self._open(path))
+                followed = Followed(path, key[0], self._open(path), metrics=self._metrics)
             except FileNotFoundError as error:
                 if path.exists():
                     self._skip(
@@ -287,7 +242,7 @@ class MappedShard:
                 else:  # evicted or moved between listing and opening
                     settled = False
                 continue
-            except (IntegrityError, SchemaError, PreflightError) as error:
+            except (IntegrityError, SchemaError, PreflightError, OSError) as error:
                 self._skip(path, error)
                 continue
             if before is not None:  # now in another tier
@@ -312,16 +267,12 @@ class MappedShard:
                 f"{path} belongs to replay {home.replay_id or 'unknown'}, not to {self._replay_id}; it was "
                 "moved here: bring it in with `dreamfleet replay import`"
             )
-        used = home.committed != 0
-        names, counts = home.slots[used], home.committed[used]
-        if len(names):
-            actor, env, start = names.T
-            sane = (actor >= 0) & (actor < MAX_ACTOR) & (env >= 0) & (env < MAX_ENV) & (start >= 0)
-            if not (sane & (counts > 0) & (counts <= home.slot_rows)).all():
-                raise IntegrityError(f"{path} has impossible slots; `dreamfleet replay repair` takes it out")
+        counts = home.committed
+        if not ((counts == 0) | (named(home) & (counts > 0) & (counts <= home.slot_rows))).all():
+            raise IntegrityError(f"{path} has impossible slots; `dreamfleet replay repair` takes it out")
         return home
 
-    def _suspect(self, key: Key, followed: _Followed, trusted: bool, budget: int) -> int:
+    def _suspect(self, key: Key, followed: Followed, trusted: bool, budget: int) -> int:
         """Have a segment vetted: at once within `budget` bytes, in the background otherwise; return bytes.
 
         Of a `trusted` one only the overlay, which its owner does not look after.
@@ -346,10 +297,10 @@ class MappedShard:
             if not verdict.done:
                 continue
             del self._suspects[key]
-            if isinstance(verdict.error, (IntegrityError, PreflightError)):
-                self._skip(followed.path, verdict.error)
-            elif isinstance(verdict.error, FileNotFoundError):  # gone or moved meanwhile
+            if isinstance(verdict.error, FileNotFoundError):  # gone or moved meanwhile
                 self._generation = -1
+            elif isinstance(verdict.error, (IntegrityError, PreflightError, OSError)):
+                self._skip(followed.path, verdict.error)
             elif verdict.error is not None:
                 raise verdict.error
             else:
@@ -366,7 +317,9 @@ class MappedShard:
     def _skip(self, path: Path, error: Exception) -> None:
         """Damage costs the segment, never the training: its owner quarantines it."""
         reason = {IntegrityError: "damaged", SchemaError: "schema"}.get(type(error), "unreadable")
-        if reason != "unreadable":  # what the system refused now may be granted later
+        if reason == "unreadable":  # what the system refused now may be granted later
+            self._again_at = min(self._again_at, time.monotonic() + AGAIN_SECONDS)
+        else:
             self._skipped.add(path)
         if reason == "damaged" and self.alive:
             report_damage(path, str(error))

@@ -26,6 +26,8 @@ WINDOW_SECONDS = 60
 PACE_SECONDS = 10
 LATE_SECONDS = 0.05
 """How long freed credit may take to reach a shard before it counts as late."""
+LEAP_ROWS = 1 << 22
+"""More rows than any shard inserts between two looks, some milliseconds apart, without a grant for them."""
 WAITS = ("prefill", "learner", "actors", "grants")
 """Who waits: the learner for the prefill (or for a sequence to start), the learner for actors, actors for the
 learner, actors for credit that was free long ago but has not reached their shard."""
@@ -62,12 +64,58 @@ class InsertTally:
                 self._seen[shard] = rows
         return self.total
 
+    def forgive(self, shard: int, rows: int) -> None:
+        """What a shard inserted up to `rows` counts as seen and is not owed."""
+        self._seen[shard] = rows
+
     def state(self) -> dict[str, Any]:
         return {"total": self.total, "shards": {str(shard): rows for shard, rows in self._seen.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.total = int(state["total"])
         self._seen = {int(shard): int(rows) for shard, rows in state["shards"].items()}
+
+
+class CounterGuard:
+    """Lifetime rows of shards as their counters say, unless that cannot be.
+
+    The counters lie in shared memory: one flipped bit would be a trillion rows owed for good. A count that is
+    negative, or beyond both the shard's grant and a leap from the last one, is refused until the owner writes
+    again: then it is what it was, or it goes on from the refused one, which the owner means then.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, int] = {}
+        self._most: dict[int, int] = {}  # believed so far
+        self._refused: dict[int, int] = {}
+        self.refusals = 0
+
+    def check(self, shard: int, rows: int, granted: int, leap: int) -> tuple[int, int | None]:
+        """(rows to believe, rows up to which none is owed, None usually). The first count, > 0, is believed.
+
+        `granted`: lifetime rows the shard was allowed; `leap`: rows it may have inserted without our seeing.
+        """
+        last = self._last.get(shard, rows)
+        forgiven = None
+        if not 0 <= rows <= max(granted, last + leap):
+            most, refused = self._most[shard], self._refused.get(shard, -1)
+            if most <= rows <= most + leap:  # a fall that was damage is over
+                forgiven = most
+            elif 0 <= refused < rows <= refused + leap:
+                forgiven = refused
+            else:
+                self._refuse(shard, rows, last)
+                return last, None
+        self._refused.pop(shard, None)
+        self._last[shard], self._most[shard] = rows, max(rows, self._most.get(shard, 0))
+        return rows, forgiven
+
+    def _refuse(self, shard: int, rows: int, last: int) -> None:
+        if shard not in self._refused:
+            self.refusals += 1
+            what = {"shard": shard, "inserted": rows, "believed": last}
+            log.warning("insert counter refused: no shard inserts so many rows at once", extra=what)
+        self._refused[shard] = rows
 
 
 class _Mark(NamedTuple):
@@ -160,6 +208,7 @@ class Governor:
         self.grants = GrantSplitter(controls)
         self.books = WaitBooks()
         self._tally = InsertTally()
+        self._guard = CounterGuard()
         self._inserted: dict[int, int] = {}
         self._waiting: dict[int, int] = {}
         self._next_grant = 0.0
@@ -175,8 +224,9 @@ class Governor:
     ) -> None:
         """Take the counters of the shards in sight; `stalled` while the learner has to wait for its batch."""
         for shard in shards:
-            if shard.inserted or shard.index in self._inserted:  # not 0 for want of an answer so far
-                self._inserted[shard.index] = shard.inserted
+            rows = shard.inserted
+            if rows > 0 or shard.index in self._inserted:  # not 0 for want of an answer so far
+                self._inserted[shard.index] = self._believe(shard.index, rows)
             self._waiting[shard.index] = shard.waiting
         self.limiter.observe(self._tally.count(self._inserted), live, starts)
         if (rule := (self.limiter.prefilled, self.limiter.train_ratio)) != self._rule:
@@ -190,6 +240,17 @@ class Governor:
             self._line = self._describe()
             self._report = self._summary()
             self._export()
+
+    def _believe(self, shard: int, rows: int) -> int:
+        """What `rows`, said by the shard's counter, are worth."""
+        limiter, before = self.limiter, self._guard.refusals
+        leap = max(LEAP_ROWS, limiter.prefill_rows + limiter.tolerance_rows + limiter.min_rows)
+        rows, forgiven = self._guard.check(shard, rows, self.grants.ceiling(shard), leap)
+        if forgiven is not None:
+            self._tally.forgive(shard, forgiven)
+        if self._metrics is not None and self._guard.refusals > before:
+            self._metrics.labels("replay_counters_refused_total", counter="inserted").inc()
+        return rows
 
     def pump(self, now: float, *, at_once: bool = False) -> None:
         """Send the grants that are due."""

@@ -11,11 +11,13 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +33,10 @@ Gather = Callable[[int, int, int, int, int, int, int], None]
 def load_gather() -> Gather | None:
     """The compiled copy, None when it cannot be had here. It releases the interpreter lock."""
     try:
-        library = ctypes.CDLL(str(_built(_cache_dir())))
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        gather = _loaded(_cache_dir())
+    except (OSError, AttributeError, ValueError, subprocess.SubprocessError, RuntimeError) as error:
         log.info("rows are copied by numpy", extra={"cause": str(error)})
         return None
-    gather = library.gather
     gather.argtypes = (ctypes.c_int64, *(ctypes.c_void_p,) * 3, *(ctypes.c_int64,) * 3)
     gather.restype = None
     return gather
@@ -52,31 +53,45 @@ def _cache_dir() -> Path:
     return directory
 
 
-def _built(directory: Path) -> Path:
-    """The shared library for this source and machine, compiled when it is not in `directory` yet."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    source = SOURCE.read_bytes()
-    salt = " ".join((*FLAGS, platform.machine(), *platform.libc_ver()))
-    path = directory / f"gather-{hashlib.sha256(source + salt.encode()).hexdigest()[:16]}.so"
-    if path.exists():
-        return path
-    if compiler is None:
-        raise FileNotFoundError("no C compiler")
-    handle, draft = tempfile.mkstemp(dir=directory, suffix=".so")
+def _loaded(directory: Path) -> Any:
+    """The function in the library for this source and machine, compiled when it is not in `directory` yet.
+
+    The name of the library ends in a digest of its bytes: a damaged one is never run, and built anew.
+    Raises: OSError, AttributeError, subprocess.SubprocessError, ValueError when it cannot be built.
+    """
+    salt = " ".join((*FLAGS, platform.machine(), *platform.libc_ver())).encode()
+    stem = f"gather-{_digest(SOURCE.read_bytes() + salt)}"
+    for path in directory.glob(f"{stem}-*.so"):
+        try:
+            if path.name == f"{stem}-{_digest(path.read_bytes())}.so":
+                return ctypes.CDLL(str(path)).gather
+        except (OSError, AttributeError) as error:
+            log.info("compiled row copy does not load", extra={"path": str(path), "cause": str(error)})
+        path.unlink(missing_ok=True)
+    return _build(directory, stem)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _build(directory: Path, stem: str) -> Any:
+    """Compile and load; only what can be loaded stays in `directory`. Raises: as `_loaded`."""
+    compiler, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    if shutil.which(compiler) is None:
+        raise FileNotFoundError(f"no C compiler {compiler}")
+    handle, name = tempfile.mkstemp(dir=directory, suffix=".so")
     os.close(handle)
+    draft = Path(name)
     try:
         subprocess.run(
-            [compiler, *FLAGS, "-o", draft, str(SOURCE)],
+            [compiler, *arguments, *FLAGS, "-o", name, str(SOURCE)],
             check=True,
             capture_output=True,
             timeout=COMPILE_SECONDS,
         )
-        handle = os.open(draft, os.O_RDONLY)
-        try:
-            os.fsync(handle)  # a library cut off by a power failure would be found and loaded
-        finally:
-            os.close(handle)
-        Path(draft).replace(path)
+        gather = ctypes.CDLL(name).gather
+        draft.replace(directory / f"{stem}-{_digest(draft.read_bytes())}.so")
     finally:
-        Path(draft).unlink(missing_ok=True)
-    return path
+        draft.unlink(missing_ok=True)
+    return gather

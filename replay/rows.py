@@ -52,14 +52,19 @@ class RowViews:
 
 
 def copy_rows(target: RowViews, at: int, source: RowViews, first: int, count: int) -> None:
-    """Copy rows first .. first + count - 1 of `source` to row `at` of `target`, all columns."""
+    """Copy rows first .. first + count - 1 of `source` to row `at` of `target`, all columns.
+
+    Raises: RowsGone when the source has no such rows; ValueError when the target has no room for them.
+    """
     assert target.layout == source.layout, (target.layout, source.layout)
+    if not 0 <= first <= source.rows - count:
+        raise RowsGone(f"rows {first} to {first + count} must lie within the {source.rows} of their home")
+    if not 0 <= at <= target.rows - count:
+        raise ValueError(f"rows {at} to {at + count} must lie within the {target.rows} of the target")
     gather = load_gather()
     if gather is None:
         copy_rows_by_numpy(target, at, source, first, count)
         return
-    assert 0 <= first <= source.rows - count, (first, count, source.rows)
-    assert 0 <= at <= target.rows - count, (at, count, target.rows)
     gather(len(target.sizes), target.addresses, source.addresses, target.nbytes, at, first, count)
 
 

@@ -301,6 +301,7 @@ class ReplayShard:
             )
         self._waiting += rows
         self._log.catalog["waiting"] = self._waiting
+        self._log.catalog["inserted"] = self._log.inserted  # what damaged it would hold credit back for good
         try:
             self._changed.wait(deadline - begin)
         finally:

@@ -70,6 +70,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("replay_segments", "Segments on disk."),
     _counter("replay_segments_skipped_total", "Segments a reader left out.", "reason"),
     _counter("replay_rows_skipped_total", "Rows a reader left out because their checksums fail."),
+    _counter("replay_counters_refused_total", "Shared counters that said what cannot be.", "counter"),
     _counter("replay_insert_wait_seconds_total", "Seconds appends waited for the limiter."),
     _histogram("replay_append_seconds", "Time from append call to acknowledgement."),
     # learner

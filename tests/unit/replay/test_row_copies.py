@@ -1,5 +1,6 @@
 """The compiled copy and the numpy copy move the same bytes and touch nothing else."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,9 +76,33 @@ def test_a_compiler_that_fails_leaves_nothing_behind(
     no_library: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", "false")
-    assert native.load_gather() is None
-    assert list((tmp_path / "dreamfleet").iterdir()) == []
+    for compiler in ("false", "true", "'unbalanced"):  # "true" leaves an empty library
+        native.load_gather.cache_clear()
+        monkeypatch.setenv("CC", compiler)
+        assert native.load_gather() is None
+        assert list((tmp_path / "dreamfleet").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_library_is_built_anew(
+    damage: bytes | None, no_library: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "cc -O1")
+    assert native.load_gather() is not None
+    (path,) = (tmp_path / "dreamfleet").iterdir()
+    sound = path.read_bytes()
+    path.unlink()  # it is mapped: other bytes need another file
+    path.write_bytes(sound[: len(sound) // 2] if damage is None else damage)
+    native.load_gather.cache_clear()
+    assert native.load_gather() is not None
+    assert [p.read_bytes() for p in (tmp_path / "dreamfleet").iterdir()] == [sound]
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "_build", None)  # what is sound is not built again
+        native.load_gather.cache_clear()
+        assert native.load_gather() is not None
 
 
 def test_a_library_that_others_could_have_written_is_not_loaded(
@@ -89,12 +114,16 @@ def test_a_library_that_others_could_have_written_is_not_loaded(
     assert native.load_gather() is None
 
 
-def test_copies_beyond_the_rows_are_refused() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_copies_beyond_the_rows_are_refused(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(rows, "load_gather", lambda: None)
     source, target = RowViews(arrays(9, 0, seed=1)), RowViews(arrays(9, 0, seed=2))
-    if native.load_gather() is None:
-        pytest.skip("no C compiler")
-    for at, first, count in ((0, 4, 6), (4, 0, 6), (-1, 0, 2), (0, -1, 2)):
-        with pytest.raises(AssertionError):
+    for at, first, count in ((0, 4, 6), (0, -1, 2)):
+        with pytest.raises(rows.RowsGone, match="within the 9"):
+            rows.copy_rows(target, at, source, first, count)
+    for at, first, count in ((4, 0, 6), (-1, 0, 2)):
+        with pytest.raises(ValueError, match="within the 9"):
             rows.copy_rows(target, at, source, first, count)
 
 

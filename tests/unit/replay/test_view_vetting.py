@@ -1,10 +1,14 @@
 """Before rows can be drawn: segments are vetted, and looked at whether they are in memory."""
 
 import contextlib
+import errno
+import functools
 import gc
+import json
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,16 +16,21 @@ import numpy as np
 import pytest
 
 from replay import follow, layout, synthetic
+from replay.batch_spec import BatchSpec
 from replay.follow import MappedShard
 from replay.index import StartIndex
-from replay.raw import open_raw
+from replay.limiter import RateLimiter
+from replay.raw import MappedSegment, open_raw
+from replay.reader import LocalReader
 from replay.rows import Home, RowViews
 from replay.segment import data_path
+from replay.selection import Sampling
 from replay.shard import ReplayShard
 from replay.vetting import Vetting
 from replay.view import TableView
 from replay.vouching import last_verified, read_verified
 from system.experience import StreamId
+from system.metrics import Metrics
 
 TABLE = synthetic.vector_table()
 STREAM = StreamId(actor=0, env=0)
@@ -45,10 +54,12 @@ def check_rows(index: StartIndex[Home]) -> int:
     for lo, hi in runs.bounds:
         sent = synthetic.rows(TABLE, STREAM, lo, hi - lo).columns
         got = {name: np.zeros((hi - lo, *spec.shape), spec.dtype) for name, spec in TABLE.all.items()}
+        at = 0
         for piece in runs.pieces(lo, hi - lo):
-            piece.home.copy_rows(RowViews(got), seen, piece.first, piece.rows)
-            seen += piece.rows
+            piece.home.copy_rows(RowViews(got), at, piece.first, piece.rows)
+            at += piece.rows
         assert all(np.array_equal(got[name], sent[name]) for name in TABLE.columns)
+        seen += at
     return seen
 
 
@@ -166,3 +177,94 @@ def test_a_table_is_distant_while_its_pages_are_not_in_memory() -> None:
             for column in home.views.columns.values():
                 column.sum()
         assert not any(home.distant for home in homes)
+
+
+def test_a_segment_that_cannot_be_read_now_is_left_out_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+    directory = layout.shard_dir(tmp_path, 0)
+    bad = layout.segment_paths(directory)[1]
+    sound = MappedSegment.good_rows
+
+    def good_rows(home: MappedSegment) -> np.ndarray:
+        if home.segment.path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return sound(home)
+
+    metrics = Metrics("run", "learner", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(MappedSegment, "good_rows", good_rows)
+        view = TableView(tmp_path, TABLE, 5, metrics=metrics)
+        view.refresh()
+    assert check_rows(view.index) == 300 - 128
+    assert metrics.value("replay_segments_skipped_total", reason="unreadable") == 1
+    now = time.monotonic()
+    monkeypatch.setattr("replay.follow.time.monotonic", lambda: now + 2 * follow.AGAIN_SECONDS)
+    view.refresh()
+    assert check_rows(view.index) == 300
+    view.release()
+
+
+@pytest.mark.parametrize("wrong", [-1, -(1 << 62), 1 << 40, 129])
+def test_a_slot_whose_counter_says_what_cannot_be_keeps_its_rows(tmp_path: Path, wrong: int) -> None:
+    owner, metrics = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024), Metrics("run", "learner", 0)
+    append(owner, 0, 30)
+    view = TableView(tmp_path, TABLE, 5, metrics=metrics)
+    (path,) = layout.segment_paths(layout.shard_dir(tmp_path, 0)).values()
+    counters = np.memmap(data_path(path, "committed", 1), np.int64, "r+")
+    free = int(np.flatnonzero(counters == 0)[0])
+    for slot, count in ((0, wrong), (free, 1)):  # a slot without a stream has no row
+        sound, counters[slot] = int(counters[slot]), count
+        for _ in range(3):
+            view.refresh()
+            assert check_rows(view.index) == 30
+        counters[slot] = sound
+    assert metrics.value("replay_counters_refused_total", counter="committed") == 2
+    append(owner, 30, 20)
+    view.refresh()
+    assert check_rows(view.index) == 50
+    view.release()
+    owner.close()
+
+
+def test_windows_of_rows_that_are_checked_late_wait_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader resumed beside many unchecked segments draws every new window once all the same."""
+    spec = BatchSpec(batch=4, length=8, context=0)
+    open_reader = functools.partial(
+        LocalReader,
+        tmp_path,
+        TABLE,
+        spec=spec,
+        seed=0,
+        limiter=RateLimiter(1.0, 10, 1 << 20, 10),
+        controls=[],
+        sampling=Sampling(shares={"online": 1}),
+    )
+    owner = ReplayShard(tmp_path, 0, TABLE, capacity_rows=1024)
+    append(owner, 0, 20)
+    reader = open_reader()
+    for start in range(20, 380, 20):
+        append(owner, start, 20)
+    reader.sample(5.0)
+    state = json.loads(json.dumps(reader.state()))
+    reader.close()
+    owner.close()
+    monkeypatch.setattr(follow, "AT_ONCE_NBYTES", 0)
+    sound = MappedSegment.good_rows
+    released = threading.Event()
+
+    def slowly(home: MappedSegment) -> np.ndarray:
+        if home.segment.number == 0:
+            released.wait(10.0)
+        return sound(home)
+
+    monkeypatch.setattr(MappedSegment, "good_rows", slowly)
+    reader = open_reader()
+    threading.Timer(0.2, released.set).start()
+    reader.load(state)
+    drawn = [start for _ in range(11) for start in reader.sample(5.0).ids.start.tolist()]
+    assert drawn[:40] == list(range(52, 372, 8))
+    reader.close()
