@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 import zarr
 
 from replay import far, layout, seal, synthetic
@@ -92,14 +93,21 @@ def test_narrow_columns_that_are_not_kept_are_fetched(
     np.testing.assert_array_equal(found.columns["step"], wanted.columns["step"])
 
 
-def test_zarr_reads_the_uploaded_objects(
+def test_other_zarr_implementations_read_the_uploaded_objects(
     shard: Path, tmp_path: Path, sealed_segment: MakeSegment, make_far: MakePath
 ) -> None:
     store = open_store(f"file://{tmp_path}/plain")
     segment = sealed_segment(shard)
     make_far(segment, store)
-    group = zarr.open_group(tmp_path / "plain" / "shard-0000" / f"{NAME}.cold.zarr", mode="r")
-    np.testing.assert_array_equal(np.asarray(group["image"][1, :100]), segment.columns["image"][1, :100])
+    path = tmp_path / "plain" / "shard-0000" / f"{NAME}.cold.zarr"
+    group = zarr.open_group(path, mode="r")
+    for name, array in segment.columns.items():
+        by_zarr = np.asarray(group[name][:])
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / name)}}
+        by_tensorstore = tensorstore.open(spec, read=True, open=True).result().read().result()
+        for slot, used in enumerate(USED):
+            np.testing.assert_array_equal(by_zarr[slot, :used], array[slot, :used])
+            np.testing.assert_array_equal(by_tensorstore[slot, :used], array[slot, :used])
 
 
 def spoil_chunk(store: ObjectStore, key: str) -> None:
