@@ -14,7 +14,7 @@ LOG := .venv/setup.log
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 ROOMS := system replay actors learner deploy bench
 
-.PHONY: help setup demo test lint types layers proof bench chaos chaos-replay bare proto docs clean
+.PHONY: help setup demo test drills lint types layers proof bench chaos chaos-replay bare proto docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -42,9 +42,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## train CartPole through the whole system, a few minutes on 2 cores
 	@$(BIN)/dreamfleet train cartpole
 
-test: setup lint layers types  ## lint, layers, types and all tests
+test: setup lint layers types  ## lint, layers, types and all tests but the long drills
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q
+
+drills: setup  ## the tests that `make test` leaves out: whole runs that resume, evolve, lose nodes
+	@$(BIN)/python -m pytest -q -m drill
 
 lint: setup  ## ruff: rules and format
 	@echo "== lint"

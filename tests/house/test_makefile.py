@@ -10,6 +10,7 @@ TARGETS = {
     "setup",
     "demo",
     "test",
+    "drills",
     "lint",
     "types",
     "layers",

@@ -14,7 +14,7 @@ from deploy.session import Session
 from replay import layout
 from system.errors import ConfigError, SchemaError
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(900)]
 
 
 def refused(recipe: Path, settings: list[str], kind: type[Exception], *says: str) -> None:

@@ -11,7 +11,7 @@ from deploy.run_dir import json_lines
 from learner.checkpoint import CheckpointStore
 from replay.cut import Cut
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(900)]
 
 
 RECIPE = SHORT | {"env_steps": 1_000_000, "replay": SHORT["replay"] | {"resume": "exact"}}

@@ -6,7 +6,7 @@ import pytest
 
 from bench.cluster import Table, open_nodes
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.drill]
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,7 @@ def check_rows(root: Path) -> dict[tuple[int, int], list[tuple[int, int]]]:
     return found
 
 
+@pytest.mark.drill
 def test_kills_during_moves_lose_no_row_and_double_none(tmp_path: Path) -> None:
     rng = np.random.default_rng(11)
     acknowledged: dict[tuple[int, int], int] = {}

@@ -224,6 +224,7 @@ while True:
 """
 
 
+@pytest.mark.drill
 def test_kills_between_the_tiers_lose_no_row_and_double_none(tmp_path: Path, bucket: str) -> None:
     rng = np.random.default_rng(3)
     acknowledged = 0

@@ -57,6 +57,7 @@ def test_a_memory_group_counts_and_goes_away() -> None:
     assert not group.path.exists()
 
 
+@pytest.mark.drill
 def test_the_memory_bench_runs_a_replay_in_a_group(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--memory-mib", "320", "--times", "0.1", "--seconds", "2", "--window", "1", "--warmup", "0"]
     code = main(["bounded_memory", "--json", "--update-ms", "20", "--segment-rows", "64", *arguments])
