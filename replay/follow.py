@@ -176,12 +176,12 @@ class MappedShard:
         """As ShardView."""
         try:
             about = layout.read_json(self._directory / "shard.json")
-        except IntegrityError as error:
-            log.warning("shard.json unreadable", extra={"shard": self.index, "why": str(error)})
+            if about is None:
+                return None
+            return int(about["capacity_rows"]), int(about["slots"]) * int(about["rows"])
+        except (IntegrityError, KeyError, TypeError, ValueError) as error:
+            log.warning("shard.json unreadable", extra={"shard": self.index, "why": repr(error)})
             return None
-        if about is None:
-            return None
-        return int(about["capacity_rows"]), int(about["slots"]) * int(about["rows"])
 
     def replaced(self) -> bool:
         """Whether the directory is another one than at first."""

@@ -268,3 +268,15 @@ def test_windows_of_rows_that_are_checked_late_wait_for_them(
     drawn = [start for _ in range(11) for start in reader.sample(5.0).ids.start.tolist()]
     assert drawn[:40] == list(range(52, 372, 8))
     reader.close()
+
+
+@pytest.mark.parametrize(
+    "about", ['{"capacity_row": 4096}', '{"capacity_rows": "x", "slots": 1, "rows": 1}', "[", "{}"]
+)
+def test_a_damaged_description_of_a_shard_tells_no_capacity(tmp_path: Path, about: str) -> None:
+    table = synthetic.vector_table()
+    ReplayShard(tmp_path, 0, table, capacity_rows=1024).close()
+    (layout.shard_dir(tmp_path, 0) / "shard.json").write_text(about)
+    view = TableView(tmp_path, table, 1)
+    assert view.capacities() == []
+    view.release()
