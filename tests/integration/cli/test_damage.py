@@ -228,6 +228,7 @@ def fill_up(ballast: Path) -> None:
             pass
 
 
+@pytest.mark.drill
 def test_disk_that_fills_ends_the_run_which_resumes_once_there_is_space(
     small_disk: Path, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def result(outcome: Outcome) -> dict[str, Any]:
     return json.loads(outcome.out)
 
 
+@pytest.mark.drill
 def test_training_needs_no_actors_when_it_has_a_dataset(
     dreamfleet: Callable[..., Outcome], recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -12,6 +12,8 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from replay.cut import Cut
 from replay.pins import HELD, PINS, PinStore, pins_of
 from replay.restore import restore_exact
@@ -126,6 +128,7 @@ def newest(root: Path, back: int = 0) -> tuple[str, Cut, str]:
     return path.stem, Cut.from_json(value["cut"]), value["digest"]
 
 
+@pytest.mark.drill
 def test_checkpoints_stay_restorable_whenever_the_learner_is_killed(tmp_path: Path) -> None:
     rng = random.Random(3)
     (tmp_path / "checkpoints").mkdir()

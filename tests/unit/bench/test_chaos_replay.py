@@ -120,6 +120,7 @@ def test_an_eviction_is_no_loss_but_more_than_the_capacity_is() -> None:
     assert replay_kills.lost_rows(few, {0: 3200}, 2048) > 1000
 
 
+@pytest.mark.drill
 def test_a_kill_costs_nothing(tmp_path: Path) -> None:
     toll = replay_kills.kill_case("shard: append, seal, compress", 2, 3, tmp_path)
     assert (toll.kills, toll.lost, toll.doubled, toll.torn) == (2, 0, 0, 0)
@@ -133,6 +134,7 @@ def test_corruptions_are_contained(tmp_path: Path) -> None:
     assert sum(one.sequences for one in found.values()) > 0
 
 
+@pytest.mark.drill
 def test_a_segment_of_another_run_is_contained_in_every_tier(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     replay_faults.make_template(ours, 0)

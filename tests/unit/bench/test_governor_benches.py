@@ -27,6 +27,7 @@ def test_windows_without_rows_are_left_out() -> None:
     assert window_ratios(marks, 2) == []
 
 
+@pytest.mark.drill
 def test_the_ratio_bench_runs_real_shards_and_writers(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--seconds", "3", "--window", "2", "--warmup", "0.2", "--shards", "2", "--writers", "2"]
     assert main(["ratio", "--json", *arguments]) == 0
