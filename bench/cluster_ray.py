@@ -146,7 +146,7 @@ class RayNodes:
                 self._cluster.shutdown()
         if hasattr(self, "_reaper"):
             self._reaper.kill()
-            self._reaper.wait()
+            self._reaper.wait(START_SECONDS)
         shutil.rmtree(self._directory, ignore_errors=True)
         os.environ.pop("RAY_TMPDIR", None)
         self._nodes.clear()

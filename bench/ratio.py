@@ -101,7 +101,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             thread.start()
         learner.run(options.seconds)
         for thread in threads:
-            thread.join()
+            thread.join(START_SECONDS)
         ended = learner.reader.governor.books.seconds
     case = f"{options.shards} shards {options.writers}+ writers"
     yield from ratio_rows("ratio", case, recorder.marks, options.window, RATIO, UPDATE_ROWS, load.foreign)

@@ -108,9 +108,9 @@ class Child:
 
     def _release(self) -> None:
         """Wait for its end and close the pipes."""
-        self._process.wait()
+        self._process.wait(CLOSE_SECONDS)
         if self._listener is not None:
-            self._listener.join()
+            self._listener.join(CLOSE_SECONDS)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):

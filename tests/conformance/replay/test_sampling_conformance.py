@@ -237,3 +237,8 @@ def test_a_state_of_other_batches_keeps_what_fits(pair: Open) -> None:
     with pair(length=9, sampling=Sampling(shares={"uniform": 1.0, "prioritized": 1.0})) as p:
         p.writer.append([rows(0, 1)], 10.0)
         p.reader.load(state)
+        assert p.reader.limiter.trained == state["limiter"]["trained"] > 0
+        fill(p)  # the first row is there already
+        sequence = p.reader.sample(10.0)
+        assert sequence.shape[1] == 10
+        assert p.reader.limiter.trained == state["limiter"]["trained"] + sequence.shape[0] * 9

@@ -1,3 +1,4 @@
+import json
 import tempfile
 import threading
 from pathlib import Path
@@ -271,7 +272,10 @@ def test_metrics_tell_what_happened(tmp_path: Path) -> None:
 def test_flush_covers_full_and_growing_segments(tmp_path: Path) -> None:
     shard = open_shard(tmp_path)
     shard.append([rows(0, 500), rows(0, 10, env=1)], 5.0)
+    assert not (shard.directory / "flushed.json").exists()
     shard.flush()
+    flushed = json.loads((shard.directory / "flushed.json").read_text())
+    assert sum(sum(slots) for slots in flushed["committed"].values()) == 510
     shard.close()
 
 
