@@ -16,7 +16,8 @@ def adopt_shard(
 ) -> int:
     """Recover shard `dead`, seal what it left and move up to `room_rows` rows to `target`; return the rows.
 
-    What does not fit stays readable where it is; so do the shard's lifetime counters. Repeat it to go on.
+    What does not fit stays readable where it is, as do rows that came from `target`; so do the shard's
+    lifetime counters. Repeat it to go on.
 
     Raises: PreflightError when the shard is alive; IntegrityError without its geometry; DeadlineError when
     `timeout` seconds are not enough to verify it.

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 class Taker(Protocol):
     """A shard that takes segments over; `replay.shard.ReplayShard` is one."""
 
+    index: int
+
     def adopt(self, segment: Path) -> int: ...
 
 
@@ -92,9 +94,14 @@ def move(source: Giver, target: Taker, segment: StoredSegment) -> int:
 
 
 def move_all(source: Giver, target: Taker, room_rows: int) -> int:
-    """Move the oldest sealed segments, up to `room_rows` rows; return the rows moved."""
+    """Move the oldest sealed segments, up to `room_rows` rows; return the rows moved.
+
+    Rows that `target` itself once gave away stay where they are, and can be read there.
+    """
     moved = 0
     for segment in source.sealed():
+        if segment.origin == target.index:
+            continue
         rows = sum(seal.read_manifest(segment.path).committed)
         if segment.tier == "far" or moved + rows > room_rows:
             break

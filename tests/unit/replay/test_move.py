@@ -231,6 +231,20 @@ def test_a_dead_shard_is_taken_over(tmp_path: Path) -> None:
     target.close()
 
 
+def test_a_dead_shard_keeps_the_rows_that_came_from_its_taker(tmp_path: Path) -> None:
+    dead, target = open_shard(tmp_path, 0), open_shard(tmp_path, 1)
+    fill(target, 0, 400)
+    fill(dead, 0, 400)
+    given = target.sealed()[0]
+    move.move(target, dead, given)
+    before, rows = live(tmp_path), counts(tmp_path)
+    dead.close()
+    assert adopt_shard(tmp_path, 0, TABLE, target, room_rows=10_000, timeout=20.0) == 800
+    assert (live(tmp_path), counts(tmp_path)) == (before, rows)
+    assert move.holders(tmp_path, 1, given.stem) == [0]
+    target.close()
+
+
 def stored(number: int, origin: int, tier: layout.Tier = "raw") -> StoredSegment:
     name = layout.segment_name(number, 1)
     return StoredSegment(path=Path(name), number=number, epoch=1, tier=tier, origin=origin)
