@@ -63,7 +63,10 @@ class Trainable(Protocol):
     """Anything with parameters and a loss: a world model, a tokenizer, a behavior."""
 
     def groups(self) -> dict[str, list[nn.Parameter]]: ...  # one optimiser each
-    def after_step(self) -> None: ...  # EMA targets, codebooks: once after each applied update
+    def after_step(self, applied: Tensor) -> None:
+        """EMA targets, codebooks: once after each update; applied [] bool, False changes nothing."""
+        ...
+
 
 
 class WorldModel(Trainable, Protocol):

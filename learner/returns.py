@@ -60,6 +60,6 @@ class ReturnRange(nn.Module):
         self.pending = torch.lerp(self.pair, seen, self.rate)
         return (self.pending[1] - self.pending[0]).clamp_min(self.floor)
 
-    def accept(self) -> None:
-        """Keep the newest update."""
-        self.pair.copy_(self.pending)
+    def accept(self, applied: Tensor) -> None:
+        """Keep the newest update, or, when applied [] is False, forget it."""
+        self.pair.copy_(torch.where(applied, self.pending, self.pair))

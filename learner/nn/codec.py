@@ -20,11 +20,16 @@ def unpack_float(bits: NDArray[np.uint16], device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.bfloat16).to(device).float()
 
 
-def pack_one_hot(x: Tensor) -> NDArray[np.uint8]:
-    """One-hots [..., C, S] with C <= 256 as class indices [..., S]."""
+def class_index(x: Tensor) -> Tensor:
+    """One-hots [..., C, S] with C <= 256 as class indices [..., S], uint8, on the same device."""
     # A product with 0..C-1 finds the one; argmax over a short axis is many times slower on CPUs.
     positions = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)
-    return (positions @ x.detach()).round().to(torch.uint8).cpu().numpy()
+    return (positions @ x.detach()).round().to(torch.uint8)
+
+
+def pack_one_hot(x: Tensor) -> NDArray[np.uint8]:
+    """`class_index` on the host."""
+    return class_index(x).cpu().numpy()
 
 
 def unpack_one_hot(index: NDArray[np.uint8], classes: int, device: torch.device) -> Tensor:

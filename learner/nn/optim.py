@@ -8,6 +8,7 @@ whatever their number.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,8 +73,20 @@ def check_arrays(
             )
 
 
+class Applied(NamedTuple):
+    """What one optimiser step did, on the device: nothing here was waited for."""
+
+    finite: Tensor  # [] bool; False: the step was skipped
+    grad_norm: Tensor  # [], before clipping
+    rate: Tensor  # [], learning rate of this step
+
+
 class LaProp:
-    """AGC per tensor -> bias-corrected RMS scaling -> bias-corrected momentum -> warmed-up learning rate."""
+    """AGC per tensor -> bias-corrected RMS scaling -> bias-corrected momentum -> warmed-up learning rate.
+
+    The step counter and all that depends on it live on the device, so that a step neither waits for the
+    device nor changes its launches from one update to the next.
+    """
 
     def __init__(
         self,
@@ -91,37 +104,58 @@ class LaProp:
         self.lr, self.warmup = lr, warmup
         self.agc, self.agc_floor = agc, agc_floor
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
-        self.updates = 0
         self.rms = torch.zeros_like(parameters.values)
         self.momentum = torch.zeros_like(parameters.values)
         device = parameters.values.device
+        # float64: the bias corrections are differences from one.
+        self._applied = torch.zeros((), dtype=torch.float64, device=device)
         self._sizes = torch.tensor(parameters.sizes, device=device)
+        self._value_views = parameters.views(parameters.values)
+        self._grad_views = parameters.views(parameters.grads)
 
-    def grad_norm(self) -> Tensor:
-        """Euclidean norm [] of the whole gradient; not finite when any entry is not."""
-        return torch.linalg.vector_norm(self.parameters.grads)
+    @property
+    def updates(self) -> int:
+        """Steps applied so far; skipped ones do not count. Waits for the device."""
+        return int(self._applied.item())
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Apply the gradients in the buffer, which are used up."""
-        flat = self.parameters
-        grads = flat.grads
+    def step(self, loss: Tensor | None = None) -> Applied:
+        """Apply the gradients in the buffer, which are used up, unless `loss` [] or their norm is not finite.
+
+        A skipped step leaves weights, moments and counter as they were.
+        """
+        flat, grads = self.parameters, self.parameters.grads
+        norms = torch.stack(torch._foreach_norm(self._grad_views))  # [tensors]
+        grad_norm = torch.linalg.vector_norm(norms)
+        finite = torch.isfinite(grad_norm if loss is None else grad_norm + loss)
+        rate = self._rate(self._applied)
+        self._applied.add_(finite)
+        # A skipped first step divides by the correction of the step it would have been.
+        count = self._applied.clamp_min(1.0)
         if self.agc:
-            norms = torch.stack([torch.linalg.vector_norm(g) for g in flat.views(grads)])  # [tensors]
-            sizes = torch.stack([torch.linalg.vector_norm(p) for p in flat.views(flat.values)])
+            sizes = torch.stack(torch._foreach_norm(self._value_views))
             factor = 1.0 / (norms / (self.agc * sizes.clamp_min(self.agc_floor))).clamp_min(1.0)
             grads.mul_(factor.repeat_interleave(self._sizes, output_size=flat.count))
-        self.updates += 1
-        self.rms.mul_(self.beta2).addcmul_(grads, grads, value=1.0 - self.beta2)
-        correction = 1.0 - self.beta2**self.updates
+        # Zero gradients at zero rates keep all bits; a factor of zero alone would keep a NaN.
+        grads.masked_fill_(~finite, 0.0)
+        share = finite.double()  # 1 or 0
+        self.rms.mul_(1.0 - share * (1.0 - self.beta2)).addcmul_(grads, grads, value=1.0 - self.beta2)
+        correction = 1.0 - self.beta2**count
         grads.div_((self.rms / correction).sqrt_().add_(self.eps))
-        self.momentum.lerp_(grads, 1.0 - self.beta1)
-        rate = self.rate(self.updates - 1) / (1.0 - self.beta1**self.updates)
-        flat.values.add_(self.momentum, alpha=-rate)
+        self.momentum.lerp_(grads, (share * (1.0 - self.beta1)).float())
+        size = share * rate / (1.0 - self.beta1**count)
+        flat.values.addcmul_(self.momentum, size.float(), value=-1.0)
+        return Applied(finite, grad_norm, rate.float())
 
     def rate(self, applied: int) -> float:
         """Learning rate after `applied` updates: linear from 0 over the warmup, then constant."""
-        return self.lr * min(1.0, applied / self.warmup) if self.warmup else self.lr
+        return self._rate(torch.tensor(float(applied), dtype=torch.float64)).item()
+
+    def _rate(self, applied: Tensor) -> Tensor:
+        """`rate` of a count [] on the device, float64."""
+        if not self.warmup:
+            return torch.full_like(applied, self.lr)
+        return self.lr * (applied / self.warmup).clamp_max(1.0)
 
     def state(self) -> dict[str, object]:
         """Moments as named arrays and the update count."""
@@ -132,4 +166,4 @@ class LaProp:
         """Restore what `state` returned. Raises: SchemaError when it belongs to another model."""
         self.parameters.from_arrays(self.rms, rms, "optimiser moments")
         self.parameters.from_arrays(self.momentum, momentum, "optimiser moments")
-        self.updates = int(updates)
+        self._applied.fill_(int(updates))

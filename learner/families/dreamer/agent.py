@@ -1,44 +1,44 @@
 """The DreamerV3 agent: one update of world model, actor and critic per call, under one optimiser.
 
-Implements system.interfaces.Agent. Between `learner.loop`, which brings sequences, and the family's model and
-behavior, which bring losses. Letters: B batch, T trained rows, C context rows.
+Implements system.interfaces.Agent. Between `learner.loop`, which brings sequences, and the update as a function
+of tensors (`learner.families.dreamer.update`). Letters: B batch, T trained rows, C context rows.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from learner.distributed import mean_over_ranks
+from learner.capture import GraphedStep, Recorder
+from learner.carrier_state import state_of, write_back_of
 from learner.families.dreamer.behavior import ActorCritic
 from learner.families.dreamer.config import DreamerConfig
 from learner.families.dreamer.latents import latent_columns
+from learner.families.dreamer.update import DreamerUpdate
 from learner.families.dreamer.world_model import DreamerWorldModel
 from learner.interfaces import Stage, Tree, check_needs
-from learner.nn.codec import pack_float, pack_one_hot, unpack_float, unpack_one_hot
-from learner.nn.heads import encode_action
 from learner.nn.layers import initialise
 from learner.nn.optim import FlatParameters, LaProp, check_arrays
+from learner.transfer import Arrays, make_download, make_upload
 from replay.batch_spec import BatchSpec
-from system.errors import SchemaError
-from system.experience import Sequence, WriteBack
+from system.experience import Sequence, SequenceIds, WriteBack
 from system.seeds import child_seed
 from system.specs import EnvSpec
 
 PrioritySignal = Literal["none", "model", "value"]
 
 
-def row_priority(error: Tensor, time: int) -> Tensor:
-    """Errors [B, K] of the last K rows as priorities [B, T], float32: rows before them get the mean."""
-    error = error.float().clamp(min=0.0)
-    missing = time - error.shape[1]
-    return torch.cat([error.mean(1, keepdim=True).expand(-1, missing), error], 1) if missing else error
+class Outcome(NamedTuple):
+    """What one update reported."""
+
+    metrics: dict[str, float]
+    write_back: WriteBack | None  # None when the update was skipped
 
 
 class DreamerAgent:
@@ -52,12 +52,16 @@ class DreamerAgent:
         device: torch.device,
         seed: int,
         priority_signal: PrioritySignal = "none",
+        late: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`priority_signal`: the error of each row that is written back as its priority, if any."""
-        self.env, self.device = env, device
+        """`priority_signal`: the error of each row that is written back as its priority, if any.
+
+        `late`: `learn` reports the update before the one it started, so that it never waits for the device.
+        `recorder`: records the update on the device, see `learner.capture`.
+        """
+        self.env, self.device, self.late = env, device, late
         self.columns = latent_columns(config)
-        self.classes = config.classes
-        self.bf16 = config.dtype == "bf16"
         self.model = DreamerWorldModel(config, env)
         self.behavior = ActorCritic(config, self.model.feat_size, env.action)
         check_needs("actor-critic", self.behavior.needs, "dreamer", self.model.caps)
@@ -79,6 +83,12 @@ class DreamerAgent:
             eps=config.eps,
         )
         self.generator = torch.Generator(device).manual_seed(child_seed(seed, "noise"))
+        self.update = DreamerUpdate(
+            self.model, self.behavior, self.parameters, self.optimiser, env, bf16=config.dtype == "bf16"
+        )
+        self._step = GraphedStep(self.update, recorder)
+        self._upload, self._download = make_upload(device), make_download(device)
+        self._pending: Callable[[], Outcome] | None = None
 
     def stages(self, batch: int, length: int) -> tuple[Stage, ...]:
         """DreamerV3 is one stage that never ends."""
@@ -97,104 +107,67 @@ class DreamerAgent:
     def learn(self, sequence: Sequence, carry: Tree) -> tuple[Tree, dict[str, float], WriteBack | None]:
         """One update. A loss or gradient that is not finite changes nothing and is counted in `nonfinite`.
 
-        Metrics: loss/<part>, entropy/<of>, imagined/<what>, grad_norm, lr, nonfinite (0 or 1).
+        Metrics: loss/<part>, entropy/<of>, imagined/<what>, grad_norm, lr, nonfinite (0 or 1). When `late`,
+        metrics and write-back are those of the update before; the first call returns none.
         """
-        batch, start = self.prepare(sequence)
-        total, metrics, rows = self._losses(batch, start)
-        self.parameters.grads.zero_()
-        total.backward()
-        self.parameters.grads.copy_(mean_over_ranks(self.parameters.grads))
-        metrics["loss/total"] = mean_over_ranks(total.detach())
-        metrics["grad_norm"] = self.optimiser.grad_norm()
-        values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-        finite = bool(np.isfinite(values["loss/total"]) and np.isfinite(values["grad_norm"]))
-        values |= {"nonfinite": float(not finite), "lr": self.optimiser.rate(self.optimiser.updates)}
-        if not finite:
-            return carry, values, None
-        self.optimiser.step()
-        self.behavior.after_step()
-        self.model.after_step()
-        return carry, values, self._write_back(sequence, rows)
+        inputs = self._upload(self.update.arrays(sequence))
+        size, rows = sequence.shape
+        noise = self.update.noise(size, rows - sequence.context, self.generator)
+        started = self._report(sequence, self._step(inputs | noise, sequence.context))
+        self._upload.settle()  # the arrays of the sequence may change once we return
+        if self.late:
+            self._pending, started = started, self._pending
+        if started is None:
+            return carry, {}, None
+        outcome = started()
+        return carry, outcome.metrics, outcome.write_back
 
     def prepare(self, sequence: Sequence) -> tuple[Tree, Tree]:
         """(trained rows [B, T, ...] on the device, state before them [B, ...])."""
-        columns, context = sequence.columns, sequence.context
-        size, rows = sequence.shape
-        if rows <= context:
-            raise SchemaError(
-                f"sequence of {rows} rows with {context} context rows leaves nothing to train on; "
-                "raise the batch length"
-            )
-        trained = {
-            k: self._tensor(columns[k][:, context:]) for k in ("reward", "is_first", "is_last", "is_terminal")
-        }
-        # An episode that its actor abandoned has no last row: what precedes a first row was one, or returns
-        # would run on into the next episode.
-        trained["is_last"] = trained["is_last"].clone()
-        trained["is_last"][:, :-1] |= trained["is_first"][:, 1:]
-        action = encode_action(self._tensor(columns["action"]), self.env.action)  # [B, C + T, A]
-        before = (
-            action[:, context - 1 : -1]
-            if context
-            else torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1)
-        )
-        batch: Tree = trained | {
-            "obs": {k: self._tensor(columns[k][:, context:]) for k in self.env.obs},
-            "prev_action": before,
-        }
-        if sequence.weights is not None:
-            batch["weight"] = self._tensor(sequence.weights)
-        if not context:
-            return batch, self.model.initial(size)
-        start = {
-            "deter": unpack_float(columns["deter"][:, context - 1], self.device),  # type: ignore[arg-type]
-            "stoch": unpack_one_hot(columns["stoch"][:, context - 1], self.classes, self.device),  # type: ignore[arg-type]
-        }
-        return batch, start
+        return self.update.unpack(self._upload(self.update.arrays(sequence)), sequence.context)
 
-    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        # The arrays belong to the reader's ring and may be read-only: torch wants them writable.
-        array = array if array.flags.writeable else array.copy()
-        return torch.from_numpy(array).to(self.device)
+    def _report(self, sequence: Sequence, outputs: dict[str, Tensor]) -> Callable[[], Outcome]:
+        """Send the outputs of an update on their way; what is returned waits for them."""
+        fetch = self._download(outputs)
+        names, ids, offset = self.update.names, sequence.ids, sequence.context
 
-    def _losses(self, batch: Tree, start: Tree) -> tuple[Tensor, dict[str, Tensor], Tree]:
-        size, time = batch["reward"].shape
-        model_noise = self.model.noise(size, time, self.generator)
-        behavior_noise = self.behavior.noise(size, time, self.generator)
-        starts = behavior_noise["action"].shape[0]
-        behavior_noise |= self.model.noise(starts, self.behavior.horizon, self.generator)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            model = self.model.loss(batch, start, model_noise)
-            behavior = self.behavior.loss(self.model, batch, model.states, behavior_noise)
-        return model.total + behavior.total, model.metrics | behavior.metrics, model.rows | behavior.rows
+        def outcome() -> Outcome:
+            arrays = fetch()
+            metrics = dict(zip(names, arrays.pop("metrics").tolist(), strict=True))
+            if metrics["nonfinite"]:
+                return Outcome(metrics, None)
+            return Outcome(metrics, _write_back(arrays, ids, offset))
 
-    def _write_back(self, sequence: Sequence, rows: Tree) -> WriteBack:
-        latents = {"deter": pack_float(rows["deter"]), "stoch": pack_one_hot(rows["stoch"])}
-        priority = None
-        if "error" in rows:
-            trained = sequence.shape[1] - sequence.context
-            priority = row_priority(rows["error"], trained).to("cpu").numpy()
-        return WriteBack(ids=sequence.ids, offset=sequence.context, columns=latents, priority=priority)
+        return outcome
 
     def weights(self) -> dict[str, NDArray[np.generic]]:
         """What an acting policy needs, float32 copies by name."""
-        out: dict[str, NDArray[np.generic]] = {}
+        chosen = {}
         for full, parameter in self.module.named_parameters():
             name = full.split(".", 1)[1]
             if name.startswith(self.behavior.actor_keys):
-                out[name] = parameter.detach().to("cpu", copy=True).numpy()
-        return out
+                chosen[name] = parameter.detach()
+        # One transfer, not one per tensor: each would wait for the device.
+        flat = torch.cat([p.flatten() for p in chosen.values()]).cpu()
+        parts = flat.split([p.numel() for p in chosen.values()])
+        return {
+            name: part.view(p.shape).numpy() for (name, p), part in zip(chosen.items(), parts, strict=True)
+        }
 
     def state(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs, as nested dicts of arrays and numbers."""
         slow = {name: p.detach().to("cpu", copy=True).numpy() for name, p in self._slow().items()}
-        return {
+        state = {
             "parameters": self.parameters.to_arrays(self.parameters.values),
             "slow": slow,
             "optimiser": self.optimiser.state(),
             "returns": self.behavior.returns.pair.to("cpu", copy=True).numpy(),
             "rng": self.generator.get_state().numpy(),
         }
+        if self._pending is not None:  # what the next call of `learn` will report
+            metrics, rows = self._pending()
+            state["pending"] = {"metrics": metrics, "rows": None if rows is None else state_of(rows)}
+        return state
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned; nothing changes when any part does not fit.
@@ -217,6 +190,11 @@ class DreamerAgent:
                 parameter.copy_(torch.from_numpy(np.asarray(state["slow"][name], np.float32)))
         self.behavior.returns.pair.copy_(torch.from_numpy(np.asarray(state["returns"], np.float32)))
         self._restore_generator(np.array(state["rng"], np.uint8))
+        self._pending = None
+        if self.late and (pending := state.get("pending")) is not None:
+            rows = pending["rows"]
+            outcome = Outcome(dict(pending["metrics"]), None if rows is None else write_back_of(rows))
+            self._pending = lambda: outcome
 
     def _restore_generator(self, saved: NDArray[np.uint8]) -> None:
         """Go on in the saved random stream; one of another kind of device only seeds a new stream."""
@@ -227,3 +205,9 @@ class DreamerAgent:
 
     def _slow(self) -> dict[str, Tensor]:
         return dict(self.behavior.slow.named_parameters())
+
+
+def _write_back(arrays: Arrays, ids: SequenceIds, offset: int) -> WriteBack:
+    latents = {name: arrays[name] for name in ("deter", "stoch")}
+    priority = arrays.get("priority")
+    return WriteBack(ids=ids, offset=offset, columns=latents, priority=priority)  # type: ignore[arg-type]

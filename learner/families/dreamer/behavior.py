@@ -54,12 +54,13 @@ class ActorCritic(nn.Module):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"main": [p for p in self.parameters() if p.requires_grad]}
 
-    def after_step(self) -> None:
-        """Accept the newest return range and let the slow critic follow."""
-        self.returns.accept()
-        with torch.no_grad():
-            for slow, fast in zip(self.slow.parameters(), self.critic.parameters(), strict=True):
-                slow.lerp_(fast, self.slow_rate)
+    @torch.no_grad()
+    def after_step(self, applied: Tensor) -> None:
+        """Accept the newest return range and let the slow critic follow; not when applied [] is False."""
+        self.returns.accept(applied)
+        rate = applied * self.slow_rate
+        for slow, fast in zip(self.slow.parameters(), self.critic.parameters(), strict=True):
+            slow.lerp_(fast, rate)
 
     def trailing(self, batch: int, time: int) -> int:
         """Rows K at the end of each sequence from which to imagine; at least 2, for one replay return."""

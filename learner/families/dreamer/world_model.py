@@ -90,8 +90,8 @@ class DreamerWorldModel(nn.Module):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"main": list(self.parameters())}
 
-    def after_step(self) -> None:
-        return None
+    def after_step(self, applied: Tensor) -> None:
+        del applied
 
     def noise(self, batch: int, time: int, generator: torch.Generator) -> Tree:
         """Uniforms [B, T, S], one per categorical sample."""

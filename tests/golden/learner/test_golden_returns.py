@@ -61,11 +61,11 @@ def test_return_range_is_an_ema_of_percentiles_with_a_floor():
     spread = ReturnRange(0.25, 0.05, 0.95, 1.0)
     low, high = np.percentile(values, 5), np.percentile(values, 95)
     assert spread.update(torch.tensor(values).float()).item() == pytest.approx(0.25 * (high - low), rel=1e-5)
-    spread.accept()
+    spread.accept(torch.tensor(True))
     assert spread.update(torch.tensor(values).float()).item() == pytest.approx(
         0.4375 * (high - low), rel=1e-5
     )
-    spread.accept()
+    spread.accept(torch.tensor(True))
     assert spread.pair.tolist() == pytest.approx([0.4375 * low, 0.4375 * high], rel=1e-5)
     assert ReturnRange(0.01, 0.05, 0.95, 1.0).update(torch.zeros(10)).item() == 1.0
 

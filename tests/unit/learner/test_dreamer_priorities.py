@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from learner.catalog import make_agent, make_config
-from learner.families.dreamer.agent import row_priority
+from learner.families.dreamer.update import row_priority
 from tests.unit.learner.test_dreamer_agent import TINY, draw, vector_env
 
 BATCH, ROWS = 4, 7
