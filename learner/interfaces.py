@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from replay.batch_spec import BatchSpec
 from system.errors import ConfigError
+from system.specs import ActionSpec, ArraySpec
 
 Tree = dict[str, Any]
 """Nested dict of tensors, batch axis first; every leaf can be tiled and gathered along it."""
@@ -33,6 +34,19 @@ class Space:
     kind: Literal["discrete", "box", "image", "latent", "macro", "condition", "none"]
     shape: tuple[int, ...] = ()
     classes: tuple[int, ...] = ()  # discrete only: one entry per component
+
+
+def obs_space(spec: ArraySpec) -> Space:
+    """One observation array as a model channel."""
+    if spec.kind == "discrete":
+        return Space(kind="discrete", shape=spec.shape, classes=(spec.classes,))
+    return Space(kind="image" if spec.kind == "image" else "box", shape=spec.shape)
+
+
+def action_space(spec: ActionSpec) -> Space:
+    """The action as models read it."""
+    kind = "discrete" if spec.kind == "discrete" else "box"
+    return Space(kind=kind, shape=(spec.width,), classes=spec.classes)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from learner.families.dreamer.config import DreamerConfig
-from learner.interfaces import Capability, ImaginedPolicy, LossOut, Rollout, Space, Tree
+from learner.interfaces import Capability, ImaginedPolicy, LossOut, Rollout, Tree, action_space, obs_space
 from learner.nn.categorical import entropy, free_nats_kl
 from learner.nn.decoder import Decoder
 from learner.nn.encoder import Encoder
 from learner.nn.heads import BinaryHead, TwoHotHead, binary_cross_entropy
 from learner.nn.rssm import RSSM, RSSMSizes, features
-from system.specs import ActionSpec, ArraySpec, EnvSpec
+from system.specs import EnvSpec
 
 
 def rssm_sizes(config: DreamerConfig) -> RSSMSizes:
@@ -42,19 +42,6 @@ def make_encoder(config: DreamerConfig, env: EnvSpec) -> Encoder:
         mults=config.mults,
         kernel=config.kernel,
     )
-
-
-def obs_space(spec: ArraySpec) -> Space:
-    """One observation array as a model channel."""
-    if spec.kind == "discrete":
-        return Space(kind="discrete", shape=spec.shape, classes=(spec.classes,))
-    return Space(kind="image" if spec.kind == "image" else "box", shape=spec.shape)
-
-
-def action_space(spec: ActionSpec) -> Space:
-    """The action as models read it."""
-    kind = "discrete" if spec.kind == "discrete" else "box"
-    return Space(kind=kind, shape=(spec.width,), classes=spec.classes)
 
 
 class DreamerWorldModel(nn.Module):
