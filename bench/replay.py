@@ -58,11 +58,11 @@ def _part(part: str, options: argparse.Namespace) -> Iterator[Row]:
         with _folder(options) as name:
             yield from cold_rows(Path(name), min(gigabytes, 1.0), seconds)
     elif part == "insert":
-        from bench.replay_inserts import TABLES, insert_row
+        from bench.replay_inserts import TABLES, insert_rows
 
         for case in TABLES:
             with _folder(options) as name:
-                yield insert_row(Path(name), case, options.clients, seconds)
+                yield from insert_rows(Path(name), case, options.clients, seconds)
     else:
         from bench.replay_peers import peer_rows
 
