@@ -8,24 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.interfaces import Tree, WorldModel
-from system.errors import ConfigError
+from learner.evaluation.rows import Predictor, observe, rows_of
 from system.experience import Sequence
-
-
-class Predictor(Protocol):
-    """An agent whose world model can be looked into."""
-
-    @property
-    def model(self) -> WorldModel: ...
-    def prepare(self, sequence: Sequence) -> tuple[Tree, Tree]: ...  # (rows [B, T, ...], state before them)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,28 +36,14 @@ def open_loop(agent: Predictor, sequence: Sequence, *, context: int, seed: int) 
     Keys of the errors: every observation key, and "reward".
     Raises: ConfigError when `context` leaves nothing to see or nothing to predict.
     """
-    batch, start = agent.prepare(sequence)
-    size, time = batch["is_first"].shape
-    if not 0 < context < time:
-        raise ConfigError(
-            f"open-loop context ({context}) must be between 1 and {time - 1} for sequences of {time} trained "
-            "rows; change it or sample longer sequences"
-        )
-    model, horizon = agent.model, time - context
+    rows = rows_of(agent, sequence, context)
+    model, batch, size, horizon = agent.model, rows.batch, rows.sequences, rows.horizon
     generator = torch.Generator(batch["is_first"].device).manual_seed(seed)
-    seen = {key: value[:, :context] for key, value in batch["obs"].items()}
-    carry, states = model.observe(
-        start,
-        seen,
-        batch["prev_action"][:, :context],
-        batch["is_first"][:, :context],
-        model.noise(size, context, generator),
-    )
-    actions = batch["prev_action"][:, context:]  # [B, H, A]; the action before row t leads to it
-    rollout = model.imagine(carry, horizon, actions, model.noise(size, horizon, generator))
+    carry, states = observe(model, rows, model.noise(size, context, generator), stop=context)
+    rollout = model.imagine(carry, horizon, rows.actions, model.noise(size, horizon, generator))
     decode = frozenset({"obs"})
     filtered, predicted = model.read(states, decode)["obs"], model.read(rollout.state, decode)["obs"]
-    inside = torch.cumprod((~batch["is_first"][:, context:]).long(), 1)  # [B, H]
+    inside = rows.inside.long()  # [B, H]
     images, error, copied = {}, {}, {}
     for key, truth in batch["obs"].items():
         discrete = model.obs_space[key].kind == "discrete"
