@@ -102,10 +102,11 @@ def test_evaluation_takes_the_most_probable_action_and_training_samples():
     actor = policy(ActionSpec(kind="discrete", classes=(4,)))
     repeated = np.repeat(vectors(1), 256, 0)
     with torch.no_grad():
-        for parameter in actor.rssm.posterior.parameters():
+        for parameter in actor.plain.rssm.posterior.parameters():
             parameter.zero_()  # one latent for all rows would need equal samples: make stoch irrelevant
-        actor.actor.logits[0].weight.zero_()
-        actor.actor.logits[0].bias.copy_(torch.tensor([0.0, 1.0, 0.5, -1.0]))
+        actor.plain.actor.logits[0].weight.zero_()
+        actor.plain.actor.logits[0].bias.copy_(torch.tensor([0.0, 1.0, 0.5, -1.0]))
+        actor.fast.join()
     carry = actor.initial(256)
     greedy = actor.act(carry, step(repeated, first=True), "eval")[0]
     assert set(greedy[:, 0].tolist()) == {1}
@@ -171,6 +172,6 @@ def test_same_seed_acts_the_same():
 
 
 def test_policy_builds_no_part_an_actor_does_not_need():
-    names = {name.split(".")[0] for name, _ in policy().module.named_parameters()}
+    names = {name.split(".")[0] for name, _ in policy().plain.named_parameters()}
     assert names == {"encoder", "rssm", "actor"}
-    assert not hasattr(policy().rssm, "prior")
+    assert not hasattr(policy().plain.rssm, "prior")
