@@ -14,14 +14,19 @@ WRONG_MIRROR = 2
 class Block(ctypes.Structure):
     """A structure of the library; subclasses list its fields. `bytes`, the first, is its size."""
 
-    def __init__(self, **values: int | float | Tensor | None) -> None:
+    def __init__(self, **values: int | float | Tensor | tuple[Tensor, ...]) -> None:
         names = [name for name, _ in self._fields_[1:]]  # type: ignore[misc]
         assert sorted(values) == sorted(names), sorted(set(values) ^ set(names))
         super().__init__()
         self.bytes = ctypes.sizeof(self)
-        self._kept = list(values.values())
+        self._kept: list[Any] = list(values.values())
         for name, value in values.items():
-            setattr(self, name, address(value) if isinstance(value, Tensor) else value)
+            if isinstance(value, tuple):  # an array of arrays
+                array = (ctypes.c_void_p * len(value))(*map(address, value))
+                self._kept.append(array)
+                setattr(self, name, ctypes.addressof(array))
+            else:
+                setattr(self, name, address(value) if isinstance(value, Tensor) else value)
 
 
 def fields(layout: str) -> list[tuple[str, Any]]:
@@ -32,8 +37,8 @@ def fields(layout: str) -> list[tuple[str, Any]]:
 
 
 def address(tensor: Tensor) -> int:
-    """Where a contiguous float32 tensor on the CPU lies."""
-    assert tensor.dtype == torch.float32, tensor.dtype
+    """Where a contiguous tensor of floats, or of counts, lies in the CPU's memory."""
+    assert tensor.dtype in (torch.float32, torch.int64), tensor.dtype
     assert tensor.device.type == "cpu", tensor.device
     assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
     return tensor.data_ptr()

@@ -31,6 +31,14 @@ inline Packed pack(const float *from, int64_t k, int64_t n, int64_t row_step, in
     return {data, k, n};
 }
 
+// [columns, rows] of a matrix [rows, columns] whose rows lie `step` apart.
+inline const float *transpose(const float *from, int64_t rows, int64_t columns, int64_t step, Scratch &scratch) {
+    float *out = scratch.take(rows * columns);
+    for (int64_t j = 0; j < columns; j++)
+        for (int64_t i = 0; i < rows; i++) out[j * rows + i] = from[i * step + j];
+    return out;
+}
+
 // Of a torch Linear: weight [outputs, inputs], applied to rows of inputs.
 inline Packed pack_linear(const float *weight, int64_t outputs, int64_t inputs, Scratch &scratch, int64_t stride = 0) {
     return pack(weight, inputs, outputs, 1, stride ? stride : inputs, scratch);

@@ -62,6 +62,23 @@ inline float sum(Vec x) {  // pairwise, always in the same order
     return parts[0];
 }
 
+inline float largest(Vec x) {
+    float parts[LANES];
+    std::memcpy(parts, &x, sizeof x);
+    float most = parts[0];
+    for (int i = 1; i < LANES; i++) most = parts[i] > most ? parts[i] : most;
+    return most;
+}
+
+// x in the lanes that count, `other` elsewhere.
+inline Vec take(Vec x, Vec, Full) { return x; }
+inline Vec take(Vec x, Vec other, Part part) {
+    float parts[LANES];
+    std::memcpy(parts, &other, sizeof other);
+    std::memcpy(parts, &x, part.count * sizeof(float));
+    return load(parts, Full{});
+}
+
 inline Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
     const Vec guess = (Vec)_mm512_rcp14_ps((__m512)x);  // 14 bits, doubled by one Newton step
@@ -70,8 +87,6 @@ inline Vec reciprocal(Vec x) {
     return 1.0f / x;
 #endif
 }
-
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 // exp(x) = power + power * rest, power = 2^n; x between -87 and 88. Not a number stays not a number.
 inline Vec exp_parts(Vec x, Vec &power) {

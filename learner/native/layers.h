@@ -119,13 +119,54 @@ inline void one_hot(const int32_t *index, float *out, int64_t classes, int64_t v
     for (int64_t s = 0; s < variables; s++) out[index[s] * variables + s] = 1.0f;
 }
 
-// out [n] = bias + factor * sum of the rows of `table` [classes * variables, n] that a one-hot selects.
-inline void gather_rows(const int32_t *index, const float *table, const float *bias, float factor, float *out,
-                        int64_t variables, int64_t n) {
-    each(n, [&](int64_t i, auto lanes) {
-        Vec total = {};
-        for (int64_t s = 0; s < variables; s++)
-            total += load(table + ((int64_t)index[s] * variables + s) * n + i, lanes);
-        store(out + i, load(bias + i, lanes) + factor * total, lanes);
+template <int BLOCK, class Last>
+inline void gather_block(const int32_t *index, const float *table, int64_t step, int64_t variables, const float *bias,
+                         float factor, float *out, Last last) {
+    Vec totals[BLOCK] = {};
+    for (int64_t s = 0; s < variables; s++) {
+        const float *row = table + ((int64_t)index[s] * variables + s) * step;
+#pragma GCC unroll 8
+        for (int b = 0; b + 1 < BLOCK; b++) totals[b] += load(row + b * LANES, Full{});
+        totals[BLOCK - 1] += load(row + (BLOCK - 1) * LANES, last);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < BLOCK; b++) {
+        const int64_t i = b * LANES;
+        if (b + 1 < BLOCK)
+            store(out + i, load(bias + i, Full{}) + factor * totals[b], Full{});
+        else
+            store(out + i, load(bias + i, last) + factor * totals[b], last);
+    }
+}
+
+// out [n] = bias [n] + factor * sum of the rows of `table` [classes * variables, n] that a one-hot selects; `step`
+// from row to row of the table. `bias` may be `out`.
+inline void gather_rows(const int32_t *index, const float *table, int64_t step, const float *bias, float factor,
+                        float *out, int64_t variables, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        gather_block<4>(index, table + i, step, variables, bias + i, factor, out + i, Full{});
+    each(n - i, [&](int64_t j, auto lanes) {
+        gather_block<1>(index, table + i + j, step, variables, bias + i + j, factor, out + i + j, lanes);
     });
+}
+
+// Expected value under softmax(logits [bins]) of `positions` [bins]: zero, upper half, lower half. Mirrored bins are
+// subtracted before the sum: they reach 5e8, and a uniform distribution must give zero.
+inline float two_hot_mean(const float *logits, const float *positions, int64_t bins) {
+    const int64_t half = bins / 2;
+    Vec mosts = splat(logits[0]);
+    each(half, [&](int64_t i, auto lanes) {
+        const Vec upper = load(logits + 1 + i, lanes), lower = load(logits + 1 + half + i, lanes);
+        const Vec most = upper > lower ? upper : lower;
+        mosts = take(mosts > most ? mosts : most, mosts, lanes);
+    });
+    const float most = largest(mosts);
+    Vec totals = {}, means = {};
+    each(half, [&](int64_t i, auto lanes) {
+        const Vec upper = exp(load(logits + 1 + i, lanes) - most), lower = exp(load(logits + 1 + half + i, lanes) - most);
+        totals += take(upper + lower, Vec{}, lanes);
+        means += (upper - lower) * load(positions + 1 + i, lanes);
+    });
+    return sum(means) / (sum(totals) + exp(splat(logits[0] - most))[0]);
 }

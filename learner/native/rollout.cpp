@@ -25,9 +25,7 @@ const Packed *pack_blocks(const float *from, int64_t blocks, int64_t k, int64_t 
 
 Weights pack_forward(const Rollout &a, Scratch &scratch) {
     const int64_t D = a.deter, U = a.hidden, Z = a.stoch * a.classes, G = a.blocks, d = D / G;
-    float *rows = scratch.take(Z * U);
-    for (int64_t z = 0; z < Z; z++)
-        for (int64_t u = 0; u < U; u++) rows[z * U + u] = a.stoch_in[u * Z + z];
+    const float *rows = transpose(a.stoch_in, U, Z, Z, scratch);
     return {pack_linear(a.deter_in, U, D, scratch),
             pack_linear(a.stoch_in, U, Z, scratch),
             pack_plain(a.shared, 2 * U, D, scratch),
@@ -59,7 +57,7 @@ void forward_part(const Rollout &a, const Weights &w, int64_t first, int64_t row
         gemm(rows, before, D, w.deter_in, embedded, 2 * U, a.deter_bias);
         if (t) {
             for (int64_t r = 0; r < rows; r++)
-                gather_rows(index + r * S, w.stoch_rows, a.stoch_bias, keep[r], embedded + (2 * r + 1) * U, S, U);
+                gather_rows(index + r * S, w.stoch_rows, U, a.stoch_bias, keep[r], embedded + (2 * r + 1) * U, S, U);
         } else {
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t z = 0; z < Z; z++) masked[r * Z + z] = a.stoch_start[(first + r) * Z + z] * keep[r];

@@ -1,0 +1,129 @@
+"""Imagination by the compiled library: same contract as `learner.nn.imagine`.
+
+Letters: see `learner.nn.imagine`; V units of the heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from learner.native.calls import Block, call, fields
+from learner.native.library import library
+from learner.nn.action_distribution import ActionDistribution, Categoricals
+from learner.nn.imagine import DynamicsWeights, Head, HeadWeights, Imagined, Starts
+
+CHUNK = 128
+"""Trajectories whose states and heads stay in one core's cache."""
+HEADS = ("reward", "cont", "critic", "actor", "slow")
+CORE = "deter_in deter_bias stoch_in stoch_bias in_scale own shared scale gates gates_bias"
+
+
+class Traces(NamedTuple):
+    """What `actor_critic` wants: per level the layers of critic and actor before their norms, [H, N, 2V or V]."""
+
+    kept: tuple[Tensor, ...]
+
+
+class _Imagine(Block):
+    _fields_ = fields(
+        "int:trajectories int:horizon int:deter int:stoch int:classes int:hidden int:blocks int:threads int:chunk "
+        "int:units int:bins int:prior_layers int:reward_layers int:cont_layers int:critic_layers int:actor_layers "
+        "int:slow_layers int:policy_kind int:width int:outputs int:noise int:components "
+        "float:unimix float:policy_unimix float:min_std float:max_std component_classes "
+        f"deter_start stoch_start action_noise stoch_noise positions {CORE} action_in action_bias action_scale driver "
+        f"hidden_bias prior {' '.join(HEADS)} feat action raw out_reward out_cont value out_slow kept"
+    )
+
+
+def flatten(head: Head) -> tuple[Tensor, ...]:
+    """The tensors of a head as the library wants them: layer by layer, then the output."""
+    tensors = (*(tensor for layer in head.layers for tensor in layer), head.weight, head.bias)
+    return tuple(tensor.detach().contiguous() for tensor in tensors)
+
+
+def policy_fields(policy: ActionDistribution) -> dict[str, int | float | Tensor]:
+    """Fields that describe an action distribution."""
+    if isinstance(policy, Categoricals):
+        classes, unimix, low, high = policy.classes, policy.unimix, 0.0, 0.0
+    else:
+        classes, unimix, low, high = (), 0.0, policy.min_std, policy.max_std
+    return {
+        "policy_kind": int(isinstance(policy, Categoricals)),
+        "components": len(classes),
+        "component_classes": torch.tensor(classes, dtype=torch.int64),
+        "policy_unimix": unimix,
+        "min_std": low,
+        "max_std": high,
+    }
+
+
+@torch.no_grad()
+def imagine(
+    starts: Starts, dynamics: DynamicsWeights, heads: HeadWeights, policy: ActionDistribution, bins: Tensor
+) -> tuple[Imagined, Traces]:
+    """As `learner.nn.imagine.imagine`."""
+    count, horizon = starts.action_noise.shape[:2]
+    classes, variables = starts.stoch.shape[1:]
+    size, units, outputs = starts.deter.shape[1], heads.critic.layers[0].bias.shape[0], heads.actor.bias.shape[0]
+    width = dynamics.action.weight.shape[1]
+    imagined = Imagined(
+        feat=torch.empty(horizon + 1, count, size + classes * variables),
+        action=torch.empty(horizon, count, width),
+        raw=torch.empty(horizon, count, outputs),
+        reward=torch.empty(horizon, count),
+        cont=torch.empty(horizon + 1, count),
+        value=torch.empty(horizon + 1, count),
+        slow=torch.empty(horizon, count),
+    )
+    depths = (len(heads.critic.layers), len(heads.actor.layers))
+    kept = tuple(
+        torch.empty(horizon, count, sum(level < depth for depth in depths) * units) for level in range(max(depths))
+    )
+    call(
+        library().imagine,
+        _Imagine(
+            trajectories=count,
+            horizon=horizon,
+            deter=size,
+            stoch=variables,
+            classes=classes,
+            hidden=dynamics.action.bias.shape[0],
+            blocks=dynamics.core.own.shape[0],
+            threads=torch.get_num_threads(),
+            chunk=CHUNK,
+            units=units,
+            bins=bins.shape[0],
+            prior_layers=len(dynamics.prior.layers),
+            width=width,
+            outputs=outputs,
+            noise=starts.action_noise.shape[2],
+            unimix=dynamics.unimix,
+            **policy_fields(policy),
+            deter_start=starts.deter.contiguous(),
+            stoch_start=starts.stoch.contiguous(),
+            action_noise=starts.action_noise.contiguous(),
+            stoch_noise=starts.stoch_noise.contiguous(),
+            positions=bins.contiguous(),
+            **{name: x.contiguous() for name, x in zip(CORE.split(), dynamics.core, strict=True)},
+            action_in=dynamics.action.weight.contiguous(),
+            action_bias=dynamics.action.bias,
+            action_scale=dynamics.action.scale,
+            driver=dynamics.driver.contiguous(),
+            hidden_bias=dynamics.bias,
+            prior=flatten(dynamics.prior),
+            **{name: flatten(getattr(heads, name)) for name in HEADS},
+            **{f"{name}_layers": len(getattr(heads, name).layers) for name in HEADS},
+            feat=imagined.feat,
+            action=imagined.action,
+            raw=imagined.raw,
+            out_reward=imagined.reward,
+            out_cont=imagined.cont,
+            value=imagined.value,
+            out_slow=imagined.slow,
+            kept=kept,
+        ),
+    )
+    return imagined, Traces(kept)
