@@ -81,8 +81,9 @@ proto: setup  ## regenerate the gRPC code from every .proto file
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
 		$$(find $(ROOMS) -name '*.proto')
 
-docs: setup  ## regenerate docs/metrics.md from the metric catalogue
+docs: setup  ## regenerate docs/metrics.md, docs/health.md and the alert rules from the code
 	@PYTHONPATH=. $(BIN)/python docs/generate_metrics.py
+	@PYTHONPATH=. $(BIN)/python docs/generate_health.py
 
 clean:  ## remove the environment and every cache; runs/ stays
 	@rm -rf .venv build .build .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -21,6 +21,7 @@ from system.wire import OPEN, Security
 
 if TYPE_CHECKING:
     from actors.actor import Actor
+    from learner.health.watch import HealthWatch
     from replay.limiter import RateLimiter
     from replay.pins import PinStore
     from replay.reader import LocalReader
@@ -258,6 +259,37 @@ def actor(
         pull_seconds=config.actors.pull_seconds,
         seed=child_seed(config.seed, "actor", index, "incarnation", incarnation),
         wait_for_policy=True,
+        metrics=metrics,
+    )
+
+
+def health_watch(
+    config: RunConfig, env_spec: EnvSpec, agent: Any, reader: LocalReader, metrics: Metrics
+) -> HealthWatch:
+    """What watches the learning of `agent`, and whether `reader` keeps the train ratio."""
+    from learner.catalog import make_config, model_facts
+    from learner.health.ratio import RatioBooks
+    from learner.health.watch import HealthWatch
+
+    def books() -> RatioBooks | None:
+        limiter = reader.limiter
+        if config.offline or not limiter.prefilled:
+            return None
+        return RatioBooks(
+            inserted=limiter.inserted,
+            trained=limiter.trained,
+            asked=limiter.train_ratio,
+            band_rows=limiter.band_rows,
+        )
+
+    family = make_config(config.learner.family, config.learner.settings)
+    return HealthWatch(
+        agent,
+        config.learner.health,
+        model_facts(config.learner.family, family, env_spec),
+        planned_updates=config.planned_updates,
+        books=books,
+        seed=child_seed(config.seed, "health"),
         metrics=metrics,
     )
 

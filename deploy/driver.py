@@ -54,6 +54,7 @@ class Progress:
     restarts: int = 0
     waiting: str = ""  # what the learner waits for right now
     who_waits: str = ""  # for whom, in the last minute
+    alarms: tuple[str, ...] = ()  # health alarms of the learner that are on
     learner: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
@@ -250,6 +251,7 @@ class Driver:
         progress.update_rate = self._update_rate.add(now, progress.updates)
         progress.train_ratio = learner.get("train_ratio", self.progress.train_ratio)
         progress.train_ratio_asked = learner.get("train_ratio_asked", self.progress.train_ratio_asked)
+        progress.alarms = tuple(learner.get("alarms", ()))
         progress.who_waits = str(learner.get("governor", {}).get("line", ""))
         progress.policy_version = int(learner.get("published", 0))
         progress.learner = learner.get("metrics", {})

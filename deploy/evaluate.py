@@ -52,6 +52,7 @@ class Summary:
     finished_at: float
     curve: str
     video: list[str] = field(default_factory=list[str])
+    alarms: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # health; those still on first
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

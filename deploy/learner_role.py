@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy import assemble
+from deploy import assemble, health
 from deploy.limit import LimitKeeper
 from deploy.roles import RoleSpec
 from deploy.run_config import RunConfig
@@ -74,7 +75,7 @@ class LearnerRole:
         publisher = Publisher(  # lives begin at 1; rows of an earlier one may be there without its weights
             agent, sink, config.learner.publish_updates, epoch=max(1, spec.incarnation), metrics=self.metrics
         )
-        run_dir = RunDirectory(Path(spec.run_dir))
+        run_dir = self._run_dir = RunDirectory(Path(spec.run_dir))
         self._limits = LimitKeeper(run_dir, config, self._reader.limiter)
         self._limits.restore()
         store = CheckpointStore(run_dir.checkpoints, config.learner.keep_checkpoints)
@@ -86,9 +87,11 @@ class LearnerRole:
             ring=assemble.reader_ring(config),
             exact=config.replay.resume == "exact",
         )
+        self._watch = assemble.health_watch(config, env_spec, agent, self._reader, self.metrics)
         progress = resume(
-            store, agent, batches, publisher, named, note=lambda meta: self._compare(run_dir, meta)
+            store, agent, batches, publisher, named, note=partial(self._compare, run_dir), health=self._watch
         )
+        health.settle(run_dir, (raised.alarm for raised in self._watch.active), progress.updates)
         self._loop: Iterator[LearnerTick] = learn_loop(
             agent,
             batches,
@@ -101,6 +104,7 @@ class LearnerRole:
             until=lambda: self._stopping,
             progress=progress,
             cuts=self._pins,
+            health=self._watch,
             metrics=self.metrics,
         )
         return {"updates": progress.updates, "younger_rows": self._younger}
@@ -118,6 +122,7 @@ class LearnerRole:
         self._limits.poll()
         for tick in self._loop:
             self._tick = tick
+            health.write_events(self._run_dir, tick.health)
             if tick.metrics:
                 self._newest = dict(tick.metrics)
             if time.monotonic() >= until:
@@ -140,6 +145,7 @@ class LearnerRole:
             "governor": self._reader.governor.report(),
             "metrics": self._newest,
             "younger_rows": self._younger,
+            "alarms": [raised.alarm for raised in self._watch.active],
         }
         if tick is not None:
             done = tick.progress
@@ -156,6 +162,8 @@ class LearnerRole:
         """End the loop: it publishes and checkpoints once more."""
         self._stopping = True
         ticks = list(self._loop)
+        for tick in ticks:
+            health.write_events(self._run_dir, tick.health)
         self._reader.close()
         self._pins.close()
         return self._status(ticks[-1] if ticks else self._tick)

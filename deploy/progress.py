@@ -45,6 +45,8 @@ def fields(progress: Progress) -> dict[str, str]:
     }
     if progress.who_waits:
         out["last minute"] = progress.who_waits
+    if progress.alarms:
+        out["alarms"] = f"{', '.join(progress.alarms)} (dreamfleet status says more)"
     if progress.waiting:
         # The whole sentence, with its numbers, is in the learner's status.
         out["learner waits for"] = progress.waiting.split("waits for ")[-1].split(" (")[0]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from deploy.replay_config import ReplayConfig
+from learner.health.settings import HealthSettings
 from system.config import Layers, StrictConfig, build, parse_assignment, read_yaml
 from system.errors import ConfigError
 from system.specs import NAME
@@ -75,6 +76,8 @@ class LearnerConfig(StrictConfig):
     """Time between two checkpoints."""
     keep_checkpoints: int = Field(3, ge=1)
     """Checkpoints kept on disk."""
+    health: HealthSettings = HealthSettings.model_construct()
+    """When the health monitor raises alarms."""
 
 
 class EvaluationConfig(StrictConfig):
@@ -183,6 +186,12 @@ class RunConfig(StrictConfig):
                 "sources; set both"
             )
         return self
+
+    @property
+    def planned_updates(self) -> float:
+        """Updates of the whole run, as far as its settings tell."""
+        owed = max(0, self.env_steps - self.prefill) * self.replay.train_ratio / self.batch_rows
+        return owed if self.updates is None else self.updates if self.offline else min(owed, self.updates)
 
     @property
     def offline(self) -> bool:

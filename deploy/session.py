@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.driver import Driver, Progress
 from deploy.fleet import Fleet
+from deploy.health import alarm_histories
 from deploy.plan import check_settings
 from deploy.probe import probe_env
 from deploy.progress import MetricFiles
@@ -220,6 +221,7 @@ class Session:
             random_return=report.random_mean,
             finished_at=time.time(),
             curve="",
+            alarms=[history.to_dict() for history in alarm_histories(self.run_dir)],
         )
         self.run_dir.write_json(self.run_dir.summary_file, summary.to_dict())
         curve = str(draw_curve(self.run_dir.path))  # shows what the summary says

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from deploy.health import AlarmHistory, alarm_histories
 from deploy.run_dir import RunDirectory, read_json
 from system.errors import ConfigError, IntegrityError
 
@@ -35,6 +36,7 @@ class RunStatus:
     newest: dict[str, Any]  # last record of metrics.jsonl
     roles: list[RoleLine]
     checkpoints: list[str]
+    alarms: list[AlarmHistory] = field(default_factory=list[AlarmHistory])  # those on first
     summary: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class RunStatus:
             f"  {r.role:12}{r.state:10}{r.pid:>8}{r.incarnation:>6}{r.seconds_ago:>7.0f}s  {r.note}"
             for r in self.roles
         ]
+        lines += [f"  {alarm.text()}" for alarm in self.alarms]
         lines.append(f"  checkpoints: {', '.join(self.checkpoints) or 'none'}")
         if self.summary:
             lines.append(
@@ -134,6 +137,7 @@ def run_status(path: Path) -> RunStatus:
         newest=_last_record(run.metrics / "metrics.jsonl"),
         roles=roles,
         checkpoints=sorted(p.name for p in run.checkpoints.glob("[0-9]*")),
+        alarms=alarm_histories(run),
         summary=read_json(run.summary_file) if run.summary_file.exists() else {},
     )
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from typing import Any
 
+from deploy.health import AlarmHistory
 from deploy.log_lines import log_to_stderr
 from deploy.progress import Display
 from deploy.run_config import RunConfig
@@ -90,5 +91,6 @@ def train_run(config: RunConfig, layers: Layers, *, resume: str = "auto", as_jso
             + f"{summary.env_steps} environment steps, {summary.updates} updates, {summary.seconds:.0f} s\n"
             f"evaluation return {summary.evaluation_return:.1f} over {summary.evaluation_episodes} episodes "
             f"(random {summary.random_return:.1f})\n"
+            + "".join(f"{AlarmHistory(**alarm).text()}\n" for alarm in summary.alarms)
         )
     return 0

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from learner.families.dreamer.config import DreamerConfig
+from learner.families.dreamer.facts import dreamer_facts
 from learner.families.dreamer.latents import latent_columns
+from learner.health.facts import ModelFacts
 from system.errors import ConfigError
 from system.interfaces import Policy
 from system.specs import ArraySpec, EnvSpec
@@ -71,6 +73,12 @@ def overlay_columns(family: str, config: DreamerConfig, env: EnvSpec) -> dict[st
     del env
     _check(family, config)
     return latent_columns(config)
+
+
+def model_facts(family: str, config: DreamerConfig, env: EnvSpec) -> ModelFacts:
+    """Bounds of the family's figures, for the health monitor. Imports no torch."""
+    _check(family, config)
+    return dreamer_facts(config, env)
 
 
 def make_agent(

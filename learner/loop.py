@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from learner.batches import Batches
 from learner.checkpoint import CheckpointStore, Loaded, check_signature
+from learner.health.alarms import HealthEvent
 from learner.publish import Publisher
 from system.errors import DeadlineError, DivergedError, PreflightError
 from system.experience import Sequence
@@ -50,10 +51,23 @@ class LearnerTick:
     update_seconds: float
     checkpoint: Path | None = None  # written after this update
     waiting: str = ""  # why there was no batch
+    health: tuple[HealthEvent, ...] = ()  # alarms that went on or off
 
 
 def never() -> bool:
     return False
+
+
+class Health(Protocol):
+    """Who watches the learning. `learner.health.watch` does it; it changes nothing of the agent."""
+
+    def after_update(
+        self, update: int, values: Mapping[str, float], sequence: Sequence
+    ) -> tuple[HealthEvent, ...]: ...
+    def after_nonfinite(self, update: int, values: Mapping[str, float]) -> tuple[HealthEvent, ...]: ...
+    def while_waiting(self, update: int) -> tuple[HealthEvent, ...]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: Mapping[str, Any]) -> None: ...
 
 
 class ReplayCuts(Protocol):
@@ -71,8 +85,9 @@ def resume(
     signature: Mapping[str, Any],
     *,
     note: Callable[[Mapping[str, Any]], None] | None = None,
+    health: Health | None = None,
 ) -> Progress:
-    """Load the newest checkpoint that verifies into all three; return how far it had come, else zeros.
+    """Load the newest checkpoint that verifies into all of these; return how far it had come, else zeros.
 
     `signature` says what the model and environment are now; note() is told the checkpoint's meta first.
     Raises: ConfigError naming what differs from the checkpoint's; IntegrityError when none is sound.
@@ -86,6 +101,8 @@ def resume(
     agent.load(loaded.state["agent"])
     reader.load(loaded.state["reader"])
     publisher.load(loaded.state["publisher"])
+    if health is not None and (watched := loaded.state.get("health")) is not None:
+        health.load(watched)
     log.info("resumed", extra={"path": str(loaded.path), "updates": loaded.step})
     return Progress(**loaded.state["progress"])
 
@@ -106,19 +123,23 @@ def learn_loop(
     rollback_after: int = 10,
     starve_seconds: float = 3600.0,
     cuts: ReplayCuts | None = None,
+    health: Health | None = None,
     metrics: Metrics | None = None,
 ) -> Iterator[LearnerTick]:
     """Train until `total_updates` or until() is true, then publish, checkpoint and end; one tick per update.
 
     `checkpoint_on_start` fixes the new epoch on disk before a version of it is published. When
     checkpoint_asked(), called once per tick, is true there is one more. `rollback_after` non-finite
-    updates in a row go back to the newest checkpoint. `cuts` note in every checkpoint which rows there were.
+    updates in a row go back to the newest checkpoint. `cuts` note in every checkpoint which rows there were;
+    `health` looks at every update and says what is wrong.
     Batches and publisher are stopped however the loop ends; closing the generator leaves no checkpoint.
     Raises: DivergedError when non-finite updates go on after a rollback, DeadlineError after
     `starve_seconds` without a batch, PreflightError when the first or last checkpoint cannot be written.
     """
     metrics = metrics if metrics is not None else Metrics("", "learner")
-    cut = _Cut(agent, batches, publisher, store, progress or Progress(), dict(signature), cuts, metrics)
+    cut = _Cut(
+        agent, batches, publisher, store, progress or Progress(), dict(signature), cuts, health, metrics
+    )
     guard = _Guard(cut, rollback_after)
     done = cut.progress
     try:
@@ -131,14 +152,16 @@ def learn_loop(
             sequence, waited = feed.next()
             if sequence is None:
                 saved = cut.save_if_due(math.inf, asked=checkpoint_asked())
-                yield _tick(cut, {}, waited, 0.0, checkpoint=saved, waiting=feed.why)
+                seen = health.while_waiting(done.updates) if health is not None else ()
+                yield _tick(cut, {}, waited, 0.0, checkpoint=saved, waiting=feed.why, health=seen)
                 continue
             values, seconds = _update(agent, batches, sequence, done, metrics)
+            seen = _look(health, done.updates, values, sequence)
             saved = None
             if guard.accept(values):
                 publisher.after_update()
                 saved = cut.save_if_due(checkpoint_seconds, asked=checkpoint_asked())
-            yield _tick(cut, values, waited, seconds, checkpoint=saved)
+            yield _tick(cut, values, waited, seconds, checkpoint=saved, health=seen)
         _finish(cut, publisher, healthy=guard.healthy)
     finally:
         batches.stop()
@@ -170,6 +193,16 @@ def _update(
     if "grad_norm" in values:
         metrics["learner_grad_norm"].set(values["grad_norm"])
     return values, seconds
+
+
+def _look(
+    health: Health | None, update: int, values: Mapping[str, float], sequence: Sequence
+) -> tuple[HealthEvent, ...]:
+    if health is None:
+        return ()
+    if is_finite(values):
+        return health.after_update(update, values, sequence)
+    return health.after_nonfinite(update, values)
 
 
 def is_finite(values: Mapping[str, float]) -> bool:
@@ -239,10 +272,12 @@ class _Cut:
         progress: Progress,
         signature: dict[str, Any],
         cuts: ReplayCuts | None,
+        health: Health | None,
         metrics: Metrics,
     ) -> None:
         self.agent, self.publisher, self.progress, self.metrics = agent, publisher, progress, metrics
         self._batches, self._store, self._signature, self._cuts = batches, store, signature, cuts
+        self._health = health
         self._last = time.monotonic()
         self.saves = 0
 
@@ -261,6 +296,8 @@ class _Cut:
             "publisher": self.publisher.state(),
             "progress": asdict(self.progress),
         }
+        if self._health is not None:
+            state["health"] = self._health.state()
         meta = {"signature": self._signature, "unixtime": time.time(), "replay": rows}
         path = self._store.save(self.progress.updates, state, meta)
         if self._cuts is not None:

@@ -1,7 +1,7 @@
 """The DreamerV3 agent: one update of world model, actor and critic per call, under one optimiser.
 
-Implements system.interfaces.Agent. Between `learner.loop`, which brings sequences, and the update as a function
-of tensors (`learner.families.dreamer.update`). Letters: B batch, T trained rows, C context rows.
+Implements system.interfaces.Agent. Between `learner.loop`, which brings sequences, and the update as a
+function of tensors (`learner.families.dreamer.update`). Letters: B batch, T trained rows, C context rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from learner.families.dreamer.config import DreamerConfig
 from learner.families.dreamer.latents import latent_columns
 from learner.families.dreamer.update import DreamerUpdate
 from learner.families.dreamer.world_model import DreamerWorldModel
+from learner.health.signals import module_regions, region_norms
 from learner.interfaces import Stage, Tree, check_needs
 from learner.nn.layers import initialise
 from learner.nn.optim import FlatParameters, LaProp, check_arrays
@@ -139,6 +140,12 @@ class DreamerAgent:
             return Outcome(metrics, _write_back(arrays, ids, offset))
 
         return outcome
+
+    def weight_norms(self) -> dict[str, float]:
+        """Norm of the weights of each module, not finite where any entry is not. Waits for the device."""
+        regions = module_regions(self.parameters.names, self.parameters.sizes)
+        norms = region_norms(self.parameters.values, regions)
+        return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
 
     def weights(self) -> dict[str, NDArray[np.generic]]:
         """What an acting policy needs, float32 copies by name."""

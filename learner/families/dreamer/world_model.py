@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from learner.distributed import mean_over_ranks
 from learner.families.dreamer.config import DreamerConfig
 from learner.interfaces import Capability, ImaginedPolicy, LossOut, Rollout, Tree, action_space, obs_space
 from learner.nn.categorical import entropy, free_nats_kl
@@ -122,6 +123,8 @@ class DreamerWorldModel(nn.Module):
         with torch.no_grad():
             metrics["entropy/prior"] = entropy(prior).mean()
             metrics["entropy/posterior"] = entropy(states["probs"]).mean()
+            # Of all rows together: what it has more than each row's own is what latents tell rows apart by.
+            metrics["entropy/marginal"] = entropy(mean_over_ranks(states["probs"].mean((0, 1))))
         total = torch.stack([means[key] * weights[key] for key in means]).sum()
         states["feat"] = feat
         rows = {key: states[key].detach() for key in ("deter", "stoch")}

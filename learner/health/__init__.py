@@ -1,0 +1,1 @@
+"""Is the learning healthy? Figures of every update, limits, alarms that name a cause and a remedy."""

@@ -1,0 +1,62 @@
+"""Figures of an update that only the health monitor reads, as tensors [] on the device: no host sync.
+
+Called by an agent's update; each costs a pass over something small. Letters: B batch, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from learner.interfaces import Tree
+
+Regions = Mapping[str, slice]
+
+
+def module_regions(names: Sequence[str], sizes: Sequence[int]) -> dict[str, slice]:
+    """Where the parameters of each module lie in a flat buffer: <owner>.<module>.<rest> -> module."""
+    regions: dict[str, slice] = {}
+    end, last = 0, ""
+    for name, size in zip(names, sizes, strict=True):
+        module = name.split(".")[1]
+        assert module == last or module not in regions, f"parameters of {module} do not lie together"
+        begun = regions[module].start if module in regions else end
+        end, last = end + size, module
+        regions[module] = slice(begun, end)
+    return regions
+
+
+def region_norms(flat: Tensor, regions: Regions, prefix: str = "") -> dict[str, Tensor]:
+    """Euclidean norm [] of each region of a flat buffer; not finite when any entry is not."""
+    return {f"{prefix}{name}": torch.linalg.vector_norm(flat[part]) for name, part in regions.items()}
+
+
+def input_signals(rows: Tree, start: Tree) -> dict[str, Tensor]:
+    """Entries that are not finite, per floating-point input: input/<key>; and replayed reward statistics.
+
+    rows as `prepare` returns them: obs, prev_action, reward [B, T, ...]; start: the stored latents.
+    """
+    inputs: Tree = rows["obs"] | {"reward": rows["reward"], "action": rows["prev_action"]}
+    inputs |= {f"stored {key}": value for key, value in start.items()}
+    out = {
+        f"input/{key}": (~torch.isfinite(value)).sum().float()
+        for key, value in inputs.items()
+        if value.is_floating_point()
+    }
+    reward = rows["reward"].float()
+    out["replayed/reward"] = reward.mean()
+    out["replayed/reward_std"] = reward.std(correction=0)
+    return out
+
+
+def value_signals(value: Tensor, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Mean value and return of replayed rows, and spread of returns; all [B, T], rows of weight 0 left out."""
+    total = weight.sum().clamp_min(1.0)
+    mean = (weight * target).sum() / total
+    return {
+        "replayed/value": (weight * value).sum() / total,
+        "replayed/return": mean,
+        "replayed/return_std": ((weight * (target - mean).square()).sum() / total).sqrt(),
+    }
