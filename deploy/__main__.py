@@ -95,10 +95,24 @@ def recipes(as_json: bool) -> None:
 @click.option("--episodes", type=click.IntRange(1), default=20, show_default=True, help="Episodes to play.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the episodes; default: the run's own.")
 @click.option("--sample", is_flag=True, help="Sample actions as in training instead of the greedy policy.")
+@click.option("--world-model", is_flag=True, help="Judge the world model on replayed rows instead.")
+@click.option(
+    "--horizon", type=click.IntRange(1), default=50, show_default=True,
+    help="Rows the world model predicts.",
+)  # fmt: skip
 @json_option
-def evaluate(run: Path, episodes: int, seed: int | None, sample: bool, as_json: bool) -> None:
+def evaluate(
+    run: Path, episodes: int, seed: int | None, sample: bool, world_model: bool, horizon: int, as_json: bool
+) -> None:
     """Play episodes with the newest checkpoint of RUN, and with a random policy beside it."""
     from dataclasses import asdict
+
+    if world_model:
+        from deploy.world_model import evaluate_world_model
+
+        found = evaluate_world_model(run, horizon=horizon, seed=seed)
+        _say(found.to_json(), as_json, found.text())
+        return
 
     from deploy.evaluate import evaluate_run
 

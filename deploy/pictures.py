@@ -17,6 +17,7 @@ from system.errors import ConfigError, DeadlineError
 from system.metrics import Metrics
 
 if TYPE_CHECKING:
+    from learner.evaluation.harness import WorldModelReport
     from learner.evaluation.openloop import OpenLoop
 
 CONTEXT_ROWS = 5
@@ -110,5 +111,31 @@ def _plot_errors(target: Path, report: OpenLoop) -> Path:
         title=f"open loop after {report.context} rows: model (solid), copy of the last row (dotted)",
     )  # fmt: skip
     axes.legend(fontsize=7)
+    figure.savefig(target, dpi=120)
+    return target
+
+
+def plot_world_model(target: Path, report: WorldModelReport) -> Path:
+    """Errors over predicted steps, a panel per group of channels: model, one step, and the baselines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(report.curves), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(report.curves), squeeze=False)[0]
+    for axes, (name, curve) in zip(panels, report.curves.items(), strict=True):
+        steps = np.arange(1, curve.counted + 1)
+        for values, label, style in (
+            (curve.model, "model, open loop", "-"),
+            (curve.one_step, "model, one step", "-."),
+            (curve.copy, "copy of the last seen row", ":"),
+            (curve.mean, "mean of the data", "--"),
+        ):
+            axes.plot(steps, values[: curve.counted], style, lw=1.2, label=label)
+        if 0 < curve.useful_horizon < curve.counted:
+            axes.axvline(curve.useful_horizon, color="gray", lw=0.8)
+        axes.set(title=f"{name}: useful horizon {curve.useful_horizon}", xlabel="predicted step")
+    panels[0].set_ylabel("error in standard deviations")
+    panels[0].legend(fontsize=7)
     figure.savefig(target, dpi=120)
     return target
