@@ -13,7 +13,7 @@ layer, G blocks, d = D / G, F width of the vector observations, R width of the a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,9 +25,7 @@ from learner.nn.acting import PlainStep
 from learner.nn.action_distribution import BoundedNormals, Categoricals
 from learner.nn.bptt import UPDATE_BIAS
 from learner.nn.encoder import flat_size
-from learner.nn.heads import mlp_weights
-from learner.nn.imagine import Layer
-from learner.nn.layers import ROOT_EPS
+from learner.nn.layers import MLP, ROOT_EPS
 
 EPS = float(ROOT_EPS**2)
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -71,10 +69,19 @@ class _Dense(NamedTuple):
     norm: _Norm
 
     @classmethod
-    def of(cls, layer: Layer, order: Tensor | None = None) -> _Dense:
-        """`order` [I]: which entry of the layer's own input each entry of ours is."""
-        weight = layer.weight if order is None else layer.weight[:, order]
-        return cls(weight.t().contiguous(), layer.bias.clone(), _Norm.of(layer.scale))
+    def of(cls, weight: Tensor, bias: Tensor, scale: Tensor, order: Tensor | None = None) -> _Dense:
+        """From weight [U, I]; `order` [I]: which entry of the layer's own input each entry of ours is."""
+        weight = weight if order is None else weight[:, order]
+        return cls(weight.t().contiguous(), bias.clone(), _Norm.of(scale))
+
+    @classmethod
+    def all_of(cls, mlp: MLP, order: Tensor | None = None) -> list[_Dense]:
+        """The layers of an MLP; `order` for the first."""
+        made: list[_Dense] = []
+        for linear, norm in zip(mlp.linear, mlp.norm, strict=True):
+            weight, bias, scale = (cast("Tensor", x) for x in (linear.weight, linear.bias, norm.scale))
+            made.append(cls.of(weight, bias, scale, None if made else order))
+        return made
 
     def __call__(self, x: Tensor, rows: Rows) -> Tensor:
         """[n, U] of x [n, I]."""
@@ -187,7 +194,7 @@ class _Core(NamedTuple):
     @classmethod
     def of(cls, plain: PlainStep) -> _Core:
         core = plain.rssm.core
-        (action,) = mlp_weights(core.action_in)
+        (action,) = _Dense.all_of(core.action_in)
         weights, driver = core.weights()
         turned = [part.chunk(3, -1) for part in (weights.gates, weights.gates_bias)]
         gates, bias = (torch.cat([reset, update, candidate], -1) for reset, candidate, update in turned)
@@ -195,9 +202,9 @@ class _Core(NamedTuple):
         return cls(
             deter=weights.deter_in.t().contiguous(),
             stoch=weights.stoch_in.t().contiguous(),
-            action=action.weight.t().contiguous(),
-            biases=(weights.deter_bias.clone(), weights.stoch_bias.clone(), action.bias.clone()),
-            scales=torch.cat([weights.in_scale, action.scale.unsqueeze(0)]),
+            action=action.weight,
+            biases=(weights.deter_bias.clone(), weights.stoch_bias.clone(), action.bias),
+            scales=torch.cat([weights.in_scale, action.norm.scale[: action.norm.units].unsqueeze(0)]),
             shared=torch.cat([weights.shared, driver.weight.t()]).contiguous(),
             shared_bias=driver.bias.clone(),
             own=weights.own.contiguous(),
@@ -241,7 +248,7 @@ class _Posterior(NamedTuple):
         inputs = part.linear.weight.shape[1]
         order = torch.arange(inputs).roll(-sizes.deter)
         return cls(
-            hidden=_Dense.of(Layer(part.linear.weight, part.linear.bias, part.norm.scale), order),
+            hidden=_Dense.of(part.linear.weight, part.linear.bias, part.norm.scale, order),
             logits=part.logits.weight.t().contiguous(),
             logits_bias=part.logits.bias.clone(),
             share=1.0 - sizes.unimix,
@@ -286,11 +293,10 @@ class FastStep:
     def join(self) -> None:
         """Take over the weights of the modules."""
         plain = self._plain
-        vectors = mlp_weights(plain.encoder.mlp) if plain.encoder.vectors else ()
-        self._mlp = [_Dense.of(layer, None if at else self._order) for at, layer in enumerate(vectors)]
+        self._mlp = _Dense.all_of(plain.encoder.mlp, self._order) if plain.encoder.vectors else []
         self._core, self._posterior = _Core.of(plain), _Posterior.of(plain)
         head = plain.actor.weights()
-        self._actor = [_Dense.of(layer) for layer in head.layers]
+        self._actor = _Dense.all_of(plain.actor.mlp)
         self._outputs, self._outputs_bias = head.weight.t().contiguous(), head.bias.clone()
 
     def rows(self, count: int) -> Rows:

@@ -1,4 +1,4 @@
-"""Encoder, losses, policy heads, imagination, slow critic and initial weights from the equations in float64."""
+"""Encoder, losses, policy heads, imagination, slow critic, initial weights: from the equations in float64."""
 
 import numpy as np
 import pytest
