@@ -38,10 +38,13 @@ class _Imagine(Block):
     )
 
 
-def flatten(head: Head) -> tuple[Tensor, ...]:
-    """The tensors of a head as the library wants them: layer by layer, then the output."""
-    tensors = (*(tensor for layer in head.layers for tensor in layer), head.weight, head.bias)
-    return tuple(tensor.detach().contiguous() for tensor in tensors)
+def tensors(head: Head) -> tuple[Tensor, ...]:
+    """Tensors of a head in the library's order: weight, bias, scale of each layer, then the output's."""
+    return (*(tensor for layer in head.layers for tensor in layer), head.weight, head.bias)
+
+
+def _constants(head: Head) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in tensors(head))
 
 
 def policy_fields(policy: ActionDistribution) -> dict[str, int | float | Tensor]:
@@ -113,8 +116,8 @@ def imagine(
             action_scale=dynamics.action.scale,
             driver=dynamics.driver.contiguous(),
             hidden_bias=dynamics.bias,
-            prior=flatten(dynamics.prior),
-            **{name: flatten(getattr(heads, name)) for name in HEADS},
+            prior=_constants(dynamics.prior),
+            **{name: _constants(getattr(heads, name)) for name in HEADS},
             **{f"{name}_layers": len(getattr(heads, name).layers) for name in HEADS},
             feat=imagined.feat,
             action=imagined.action,
