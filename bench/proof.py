@@ -1,7 +1,8 @@
 """`make proof`: learning on real environments through the whole loop, with seeds, spread and random baseline.
 
 Each case is a list of `dreamfleet train` commands in fresh run directories; results go to
-docs/results/<case>.json and from there, generated, into docs/performance.md.
+docs/results/<case>.json and from there, generated, into docs/performance.md. `worldmodel` is a case of its
+own: the world model of CartPole against the true one (`bench.world_model`), without a fleet.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ CASES: dict[str, Case] = {
     ),
 }  # fmt: skip
 
+WORLD_MODEL = "worldmodel"
+
 
 def _loss_ends(run_dir: Path, key: str) -> tuple[float, float]:
     """Mean of a metric over the first and the last tenth of its records."""
@@ -88,7 +91,10 @@ def run_one(name: str, case: Case, seed: int, root: Path, extra: Sequence[str]) 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.proof", description=__doc__)
     parser.add_argument(
-        "cases", nargs="*", default=["minigrid", "pendulum", "pong_pixels"], help="of: " + ", ".join(CASES)
+        "cases",
+        nargs="*",
+        default=["minigrid", "pendulum", "pong_pixels"],
+        help="of: " + ", ".join([*CASES, WORLD_MODEL]),
     )
     parser.add_argument("--seeds", help="comma-separated, instead of the case's own")
     parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="KEY=VALUE")
@@ -98,6 +104,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     failed = 0
     for name in arguments.cases:
+        if name == WORLD_MODEL:
+            from bench.world_model import prove
+
+            failed += prove(["--seeds", arguments.seeds] if arguments.seeds else [])
+            continue
         case = CASES[name]
         seeds = tuple(map(int, arguments.seeds.split(","))) if arguments.seeds else case.seeds
         rows: list[dict[str, Any]] = []

@@ -9,6 +9,7 @@ from bench.drill import TOY, Drill
 from deploy.audit import audit_run
 from deploy.evaluate import evaluate_run
 from deploy.run_dir import json_lines
+from deploy.world_model import evaluate_world_model
 from learner.checkpoint import CheckpointStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -52,6 +53,10 @@ def test_run_killed_as_a_whole_is_finished_by_the_same_command(tmp_path: Path) -
         again = evaluate_run(run.run_dir.path, 2)
         assert again.mean == summary["evaluation_return"]
         assert again.env_steps == held["inserted"]
+        judged = evaluate_world_model(run.run_dir.path, horizon=6)
+        assert judged.report.sound, judged.text()
+        assert (judged.updates, judged.reference) == (final.step, None)
+        assert all(file.stat().st_size > 0 for file in judged.files)
 
 
 def run_tolerance(run: Drill) -> int:

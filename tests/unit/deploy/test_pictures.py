@@ -1,4 +1,4 @@
-"""Videos of frames as environments stack them."""
+"""Videos of frames as environments stack them; curves of a world model."""
 
 from pathlib import Path
 
@@ -6,7 +6,10 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from deploy.pictures import _write_video
+from deploy.pictures import _write_video, plot_world_model
+from learner.evaluation.harness import evaluate_model
+from learner.evaluation.oracle import OracleModel, simulated_rows
+from learner.evaluation.simulators import CartPole
 
 
 @pytest.mark.parametrize(("channels", "shown"), [(1, [0]), (3, [0, 1, 2]), (4, [3]), (12, [9, 10, 11])])
@@ -17,3 +20,12 @@ def test_video_shows_the_newest_frame_of_a_stack(tmp_path: Path, channels: int, 
     pixel = iio.imread(gif, mode="RGB")[0, 0, 0].tolist()
     assert pixel == (20 * np.array(shown)).repeat(3 // len(shown)).tolist()
     assert mp4.stat().st_size > 0
+
+
+@pytest.mark.parametrize("seen", [2, 9])  # 9: one predicted row
+def test_curves_of_a_world_model_are_drawn(tmp_path: Path, seen: int) -> None:
+    rows = simulated_rows(CartPole(), sequences=4, time=10, seen=seen, seed=0)
+    report = evaluate_model(OracleModel(CartPole()), rows, seed=0)
+    picture = iio.imread(plot_world_model(tmp_path / "x.png", report))
+    assert picture.shape[1] > 3 * picture.shape[0]  # a panel for each channel
+    assert picture[..., :3].std() > 5
