@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learner.families.dreamer.config import DreamerConfig
+from learner.health.signals import value_signals
 from learner.interfaces import Capability, LossOut, Mode, Rollout, Tree
 from learner.nn.heads import BoundedNormalHead, DiscreteActionHead, TwoHotHead
 from learner.nn.twohot import TwoHot
@@ -105,7 +106,7 @@ class ActorCritic(nn.Module):
         ).sum() / returns.numel()
         tail = {k: batch[k][:, time - last :] for k in ("reward", "is_last", "is_terminal")}
         bootstrap = returns[:, 0].view(-1, last)
-        replay, error = self._replay_loss(
+        replay, error, replayed = self._replay_loss(
             states["feat"][:, time - last :], tail, bootstrap, slow[:, 0].view(-1, last), factor
         )
         scales = self.scales
@@ -117,12 +118,13 @@ class ActorCritic(nn.Module):
             "entropy/policy": entropy.detach(),
             "imagined/return": returns.mean(),
             "imagined/return_scale": scale,
+            "imagined/return_range": self.returns.pending[1] - self.returns.pending[0],
             "imagined/reward": rollout.out["reward"].mean(),
             "imagined/cont": cont.mean(),
             "imagined/value": value.mean(),
             "imagined/weight": reached.mean(),
             "imagined/advantage": advantage.abs().mean(),
-        }
+        } | replayed
         return LossOut(total=total, metrics=metrics, rows={} if error is None else {"error": error})
 
     @torch.no_grad()
@@ -150,9 +152,9 @@ class ActorCritic(nn.Module):
 
     def _replay_loss(
         self, feat: Tensor, rows: Tree, bootstrap: Tensor, slow: Tensor, factor: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Critic loss on replayed rows [B, K] whose returns bootstrap from imagined returns; and, when asked
-        for, how far the value of each row is from its return [B, K].
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Critic loss on replayed rows [B, K] whose returns bootstrap from imagined returns; when asked for,
+        how far the value of each row is from its return [B, K]; and both of them in figures.
 
         A row that is_last has no successor inside its episode: it carries no loss, and returns do not
         run over it.
@@ -163,7 +165,9 @@ class ActorCritic(nn.Module):
         critic, target = self.critic(feat), F.pad(target, (0, 1))
         loss = self._critic_loss(critic, target, slow)
         weight = F.pad((~rows["is_last"][:, :-1]).float(), (0, 1))
-        error = weight * (critic.mean().detach() - target).abs() if self.row_error else None
+        value = critic.mean().detach()
+        error = weight * (value - target).abs() if self.row_error else None
+        replayed = value_signals(value, target, weight)
         if factor is not None:
             weight = weight * factor.unsqueeze(1)
-        return (weight * loss).sum() / (target.shape[0] * (target.shape[1] - 1)), error
+        return (weight * loss).sum() / (target.shape[0] * (target.shape[1] - 1)), error, replayed

@@ -17,6 +17,7 @@ from torch import Tensor
 from learner.distributed import mean_over_ranks
 from learner.families.dreamer.behavior import ActorCritic
 from learner.families.dreamer.world_model import DreamerWorldModel
+from learner.health.signals import input_signals, module_regions, region_norms
 from learner.interfaces import Tree
 from learner.nn.categorical import one_hot
 from learner.nn.codec import class_index
@@ -61,6 +62,7 @@ class DreamerUpdate:
         self.model, self.behavior, self.env = model, behavior, env
         self.parameters, self.optimiser = parameters, optimiser
         self.bf16 = bf16
+        self.regions = module_regions(parameters.names, parameters.sizes)
         self.names: tuple[str, ...] = ()
         """What the entries of the output "metrics" are, known after the first update."""
 
@@ -130,9 +132,8 @@ class DreamerUpdate:
         with torch.autocast(batch["reward"].device.type, torch.bfloat16, enabled=self.bf16):
             model = self.model.loss(batch, start, model_noise)
             behavior = self.behavior.loss(self.model, batch, model.states, behavior_noise)
-        return Losses(
-            model.total + behavior.total, model.metrics | behavior.metrics, model.rows | behavior.rows
-        )
+        metrics = model.metrics | behavior.metrics | input_signals(batch, start)
+        return Losses(model.total + behavior.total, metrics, model.rows | behavior.rows)
 
     def __call__(self, inputs: dict[str, Tensor], context: int) -> dict[str, Tensor]:
         """Apply one update; return metrics [M], deter [B, T, D] bfloat16, stoch [B, T, S] and maybe priority.
@@ -145,10 +146,12 @@ class DreamerUpdate:
         with torch.no_grad():
             self.parameters.grads.copy_(mean_over_ranks(self.parameters.grads))
             loss = mean_over_ranks(total.detach())
+            norms = region_norms(self.parameters.grads, self.regions, "grad_norm/")
             applied = self.optimiser.step(loss)
             self.behavior.after_step(applied.finite)
             self.model.after_step(applied.finite)
-            metrics = metrics | {
+            metrics |= norms
+            metrics |= {
                 "loss/total": loss,
                 "grad_norm": applied.grad_norm,
                 "nonfinite": (~applied.finite).float(),
