@@ -64,8 +64,10 @@ class HealthMonitor:
             lr_still=self._lr_still,
         )
         events: list[HealthEvent] = []
+        quiet = self.settings.quiet_updates
+        calm = self._updates > quiet and update > self.facts.warmup + quiet
         for name, rule in RULES.items():
-            if name in AT_ONCE or self._updates > self.settings.quiet_updates:
+            if name in AT_ONCE or calm:
                 events += self._judge(name, rule(look), self._patience(name))
         finite = Reading(value=0.0, limit=0.0, broken=False, healed=True)
         return events + self._judge("nonfinite", finite, self.settings.patience)

@@ -13,7 +13,8 @@ class HealthSettings(StrictConfig):
     enabled: bool = True
     """Watch at all. Off: no alarms, no open-loop probes; updates that are not finite are still counted."""
     quiet_updates: int = Field(300, ge=0)
-    """Updates after a start in which only `nonfinite` and `learning_rate` may be raised: all is new there."""
+    """Updates after a start, and after the warmup, in which only `nonfinite` and `learning_rate` may be
+    raised: everything is far from where it will be there."""
     window: int = Field(50, ge=1)
     """Updates over which signals are averaged (time constant of an exponential mean)."""
     patience: int = Field(100, ge=1)
@@ -42,7 +43,7 @@ class HealthSettings(StrictConfig):
     """Inserted rows over which the ratio is judged; more where the limiter's band is too wide for so few."""
     reward_error: float = Field(3.0, gt=0)
     """`reward_mismatch`: largest distance of imagined from replayed mean reward, in spreads of these."""
-    value_error: float = Field(0.5, gt=0)
+    value_error: float = Field(0.7, gt=0)
     """`value_mismatch`: largest distance of the mean value of replayed rows from their mean return, as a
     share of the size of the returns."""
     gradient_growth: float = Field(100.0, gt=1)
