@@ -21,9 +21,6 @@ log = logging.getLogger(__name__)
 GraphSetting = Literal["auto", "off"]
 Tensors = dict[str, Tensor]
 
-WARMUP_CALLS = 3
-"""Calls made directly before one is recorded: libraries choose algorithms and allocate workspaces in them."""
-
 
 class Recording(Protocol):
     """A recorded call. `outputs` are overwritten by every replay."""
@@ -37,6 +34,7 @@ class Recorder(Protocol):
     """Records what a call does to the device."""
 
     executes: bool  # whether recording a call also carries it out
+    warmups: int  # ordinary calls before one is recorded
 
     def warm(self, call: Callable[[], Tensors]) -> Tensors: ...  # an ordinary call that prepares recording
     def record(self, call: Callable[[], Tensors]) -> Recording: ...  # Raises: RuntimeError when it cannot
@@ -58,20 +56,14 @@ def make_recorder(device: torch.device, setting: GraphSetting) -> Recorder | Non
 
 
 class GraphedStep:
-    """Calls `function`, from the fourth call with inputs of one shape on by replaying a recording.
+    """Calls `function`; after the warm-ups, calls with inputs of the same shapes replay a recording of it.
 
-    The first calls are ordinary ones, so nothing is computed that does not count. A recording that fails is
+    The warm-ups are ordinary ones, so nothing is computed that does not count. A recording that fails is
     logged once and not tried again: from then on the function is simply called.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Tensors],
-        recorder: Recorder | None,
-        *,
-        warmup: int = WARMUP_CALLS,
-    ) -> None:
-        self._function, self._recorder, self._warmup = function, recorder, warmup
+    def __init__(self, function: Callable[..., Tensors], recorder: Recorder | None) -> None:
+        self._function, self._recorder = function, recorder
         self._key: Hashable = None
         self._calls = 0  # with inputs of this shape
         self._inputs: Tensors = {}
@@ -94,7 +86,7 @@ class GraphedStep:
         if key != self._key:
             self._key, self._calls, self._recording, self._inputs = key, 0, None, {}
         self._calls += 1
-        if self._calls <= self._warmup:
+        if self._calls <= recorder.warmups:
             return recorder.warm(lambda: self._function(inputs, *static))
         if self._recording is None:
             return self._record(recorder, inputs, static)
@@ -127,6 +119,7 @@ class CudaRecorder:
     """Records on a stream of its own as a CUDA graph with a private memory pool."""
 
     executes = False
+    warmups = 3  # libraries choose algorithms and allocate workspaces in them
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -47,7 +47,9 @@ class TwoHot(NamedTuple):
     def loss(self, *targets: Tensor, scales: tuple[float, ...] = (1.0,)) -> Tensor:
         """Cross-entropy [...] towards each target [...], as a two-hot code, times its scale, summed."""
         index, weight = twohot(torch.stack(targets, -1), self.bins)  # [..., M, 2]
-        weight = weight * weight.new_tensor(scales).unsqueeze(-1)
+        if scales != (1.0,):  # number by number: a tensor made of them would be copied to the device
+            parts = zip(weight.unbind(-2), scales, strict=True)
+            weight = torch.stack([part if scale == 1.0 else part * scale for part, scale in parts], -2)
         return _SparseCrossEntropy.apply(self.logits, self.probs, index.flatten(-2), weight.flatten(-2))  # type: ignore[return-value]
 
 
