@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from deploy.export_cli import export
 from deploy.replay_cli import replay
 
 EXAMPLES = """\b
@@ -22,6 +23,7 @@ Examples:
   dreamfleet train custom_env --set env.name=my_package.my_env:make --dry-run
   dreamfleet env check gym:CartPole-v1
   dreamfleet eval runs/cartpole-0
+  dreamfleet export runs/cartpole-0 --out cartpole-policy
 """
 
 
@@ -206,6 +208,7 @@ def check(name: str, assignments: tuple[str, ...], as_json: bool) -> None:
 
 
 cli.add_command(replay)
+cli.add_command(export)
 
 
 def main() -> None:

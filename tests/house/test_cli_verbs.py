@@ -7,7 +7,7 @@ import click
 
 from deploy.__main__ import cli
 
-VERBS = {"train", "recipes", "eval", "status", "audit", "video", "doctor", "env check"}
+VERBS = {"train", "recipes", "eval", "status", "audit", "video", "doctor", "env check", "export"}
 VERBS |= {"replay ls", "replay stats", "replay verify", "replay repair"}
 VERBS |= {"replay export", "replay import", "replay migrate", "replay limit", "replay move"}
 

@@ -30,9 +30,9 @@ sys.stdout.write(str(len(names)))
 LOCAL = [
     f"deploy.{name}"
     for name in (
-        "__main__", "assemble", "audit", "doctor", "driver", "env_check", "evaluate", "learner_role", "local",
-        "pictures", "plan", "probe", "progress", "role_process", "roles", "run_config", "session", "status",
-        "train",
+        "__main__", "assemble", "audit", "doctor", "driver", "env_check", "evaluate", "export_cli",
+        "learner_role", "local", "pictures", "plan", "probe", "progress", "role_process", "roles", "run_config",
+        "session", "status", "train",
     )
 ]  # fmt: skip
 
