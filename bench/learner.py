@@ -7,6 +7,7 @@ Needs neither ray nor envpool.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="measure each figure for about so long")
+    parser.add_argument(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="other projects' learners too, where the work is equal: size 1m, 16 x 64, fp32, cpu",
+    )
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
@@ -61,11 +68,25 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     cases = list(CASES) if options.case == "all" else [options.case]
     yield _peak_row(options)
     for case in cases:
-        yield from _update_rows(case, config, options)
+        ours = math.inf
+        for row in _update_rows(case, config, options):
+            if row.metric == "update_ms":
+                ours = min(ours, row.value)
+            yield row
+        if options.peers and _equal_work(options):
+            from bench.learner_peers import peer_rows
+
+            yield from peer_rows(case, options.threads, options.seconds, ours)
     torch.set_num_threads(1)
     for case in cases:
         for count in (1, 8, 16):
             yield _policy_row(case, config, count, options.seconds / 5)
+
+
+def _equal_work(options: argparse.Namespace) -> bool:
+    """Whether other projects' learners do the same amount: their sizes are fixed in `bench.peers`."""
+    found = options.size, options.batch, options.length, options.dtype, options.device
+    return found == ("1m", 16, 64, "fp32", "cpu")
 
 
 def synthetic_sequence(env: EnvSpec, config: DreamerConfig, batch: int, length: int) -> Sequence:
