@@ -35,7 +35,7 @@ from system.specs import ArraySpec, EnvSpec, TableSpec
 from system.weights import NO_VERSION, Weights
 
 ENV = "gym:CartPole-v1"
-ENVS, SEEN, HORIZON, SEQUENCES = 16, 5, 50, 64
+ENVS, SEEN, HORIZON, SEQUENCES = 16, 10, 50, 64
 BATCH, LENGTH, CONTEXT = 16, 32, 1
 BARS = {"trained": True, "untrained": False, "oracle": True}
 """Who must pass every check, and who must fail what only a trained model passes."""
@@ -44,7 +44,7 @@ BARS = {"trained": True, "untrained": False, "oracle": True}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--rows", type=int, default=20_000, help="rows to train on")
-    parser.add_argument("--updates", type=int, default=4_000)
+    parser.add_argument("--updates", type=int, default=2_000)
     parser.add_argument("--threads", type=int, default=1)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy import assemble
 from deploy.evaluate import load_agent
-from deploy.pictures import CONTEXT_ROWS, plot_world_model
+from deploy.pictures import plot_world_model
 from deploy.run_config import RunConfig
 from deploy.run_dir import RunDirectory
 from system.errors import ConfigError, DeadlineError
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from system.experience import Sequence
 
 SEQUENCES = 64
+SEEN_ROWS = 10
+"""Rows seen before predicting: latents of imported rows are zeros, and take a few rows to become right."""
 SAMPLE_SECONDS = 10.0
 
 
@@ -66,7 +68,7 @@ def evaluate_world_model(path: Path, *, horizon: int, seed: int | None = None) -
     from learner.evaluation.simulators import simulator_of
 
     config, env_spec, agent, state = load_agent(path)
-    rows = rows_of(agent, _stretches(config, env_spec, path, CONTEXT_ROWS + horizon), CONTEXT_ROWS)
+    rows = rows_of(agent, _stretches(config, env_spec, path, SEEN_ROWS + horizon), SEEN_ROWS)
     simulator = None if config.env.options else simulator_of(config.env.name, env_spec)
     nothing = torch.empty(0)
     report = evaluate_model(

@@ -62,31 +62,36 @@ def true_values(model: WorldModel, batch: Tree, states: Tree) -> Values:
 
 
 class Ruler:
-    """Measures in standard deviations of the data, so that 1 is about as wrong as always saying the mean."""
+    """Measures in standard deviations of the data, so that 1 is about as wrong as always saying the mean.
+
+    One scale for all entries of a channel: in the environment's units, entries count as much as they vary.
+    Or, with `each`, every entry in its own standard deviations: those that vary little count alike.
+    """
 
     def __init__(self, spaces: Mapping[str, Space], truth: Values, inside: Tensor) -> None:
         """truth: [B, H, ...] per channel; inside [B, H] tells which rows count."""
         self._spaces = dict(spaces)
-        self._scale: Values = {}
+        self._std: Values = {}  # of each entry, [...]
         self.middle: Values = {}  # the constant that says most about each channel, [...]
         for key, space in self._spaces.items():
             rows = truth[key][inside]  # [R, ...]
+            if not len(rows):
+                rows = truth[key][:, 0]
             if space.kind == "discrete":
-                self.middle[key] = rows.mode(0).values if len(rows) else truth[key][0, 0]
+                self.middle[key] = rows.mode(0).values
                 continue
             rows = rows.double()
-            std = rows.std(0, correction=0) if len(rows) else torch.zeros_like(truth[key][0, 0]).double()
-            if space.kind == "image":  # one scale for all pixels: those that never change count as well
-                std = std.square().mean().sqrt()
-            self._scale[key] = torch.where(std > LEAST_STD, std, torch.ones_like(std))
-            self.middle[key] = rows.mean(0) if len(rows) else truth[key][0, 0].double()
+            self._std[key], self.middle[key] = rows.std(0, correction=0), rows.mean(0)
 
-    def squares(self, key: str, one: Tensor, other: Tensor) -> Tensor:
+    def squares(self, key: str, one: Tensor, other: Tensor, *, each: bool = False) -> Tensor:
         """Squared differences [B, H, E] of values [B, H, ...]; 0 or 1 where classes are compared."""
         if self._spaces[key].kind == "discrete":
             apart = (one != other).double()
         else:
-            apart = ((one.double() - other.double()) / self._scale[key]).square()
+            std = self._std[key]
+            scale = std if each else std.square().mean().sqrt()
+            scale = torch.where(scale > LEAST_STD, scale, torch.ones_like(scale))
+            apart = ((one.double() - other.double()) / scale).square()
         return apart.unsqueeze(-1) if apart.dim() == 2 else apart.flatten(2)
 
     def distance(self, one: Values, other: Values, keys: list[str]) -> Tensor:

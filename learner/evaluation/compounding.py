@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from learner.evaluation.rows import Rows, at_row, map_leaves, observe
 from learner.interfaces import Rollout, Tree, WorldModel
 
 Errors = NDArray[np.float64]
+Look = Literal["all", "each", "changed"]
+CLOSER: dict[str, Look] = {"image": "changed", "box": "each"}
+"""How observations are looked at a second time, by their kind."""
 PICKED = (1, 5, 15, 50)
 """Horizons told in summaries."""
 DELTA_FRAME = 4
@@ -123,24 +126,24 @@ def groups(model: WorldModel) -> dict[str, list[str]]:
 
 @torch.no_grad()
 def compounding(model: WorldModel, prediction: Prediction) -> dict[str, Curve]:
-    """Curves per group of channels, and of the pixels that changed (`<channel>/changed`): whole frames
-    flatter whoever copies, because little of them moves.
+    """Curves per group of channels, and some that look closer: `<image>/changed` at the pixels that changed,
+    since whole frames flatter whoever copies; `<vector>/each` at all entries alike, however little they vary.
     """
     found: dict[str, Curve] = {}
     for name, keys in groups(model).items():
-        found[name] = _curve(prediction, keys)
-        if name in keys and channels(model)[name].kind == "image":
-            found[f"{name}/changed"] = _curve(prediction, keys, changed=True)
+        found[name] = _curve(prediction, keys, "all")
+        if name.startswith(OBS) and (closer := CLOSER.get(channels(model)[name].kind)):
+            found[f"{name}/{closer}"] = _curve(prediction, keys, closer)
     return found
 
 
-def _curve(prediction: Prediction, keys: list[str], *, changed: bool = False) -> Curve:
+def _curve(prediction: Prediction, keys: list[str], look: Look) -> Curve:
     seen, inside, truth = prediction.rows.seen, prediction.rows.inside, prediction.truth
     last = {key: truth[key][:, seen - 1 : seen].expand_as(truth[key][:, seen:]) for key in keys}
     middle = {key: prediction.ruler.middle[key].expand_as(last[key]) for key in keys}
 
     def error(said: Values) -> Errors:
-        return _errors(prediction, keys, said, last if changed else None)
+        return _errors(prediction, keys, said, look)
 
     valid = inside.sum(0).cpu().numpy()
     enough = valid >= max(1, min(FEWEST, prediction.rows.sequences // 8))
@@ -155,21 +158,20 @@ def _curve(prediction: Prediction, keys: list[str], *, changed: bool = False) ->
     )
 
 
-def _errors(
-    prediction: Prediction, keys: list[str], said: Values, changed_from: Values | None = None
-) -> Errors:
+def _errors(prediction: Prediction, keys: list[str], said: Values, look: Look = "all") -> Errors:
     """Root mean square [H] over the channels of what is said, over sequences that are inside.
 
-    With `changed_from`, over the entries only that were otherwise there. 0 where nothing is left to compare.
+    0 where nothing is left to compare.
     """
     rows, ruler = prediction.rows, prediction.ruler
     parts: list[Tensor] = []
     for key in keys:
         truth = prediction.truth[key][:, rows.seen :]
-        squares = ruler.squares(key, truth, said[key])  # [B, H, E]
+        squares = ruler.squares(key, truth, said[key], each=look == "each")  # [B, H, E]
         mask = rows.inside.unsqueeze(-1).expand_as(squares)
-        if changed_from is not None:
-            mask = mask & (ruler.squares(key, truth, changed_from[key]) > 0)
+        if look == "changed":
+            last = prediction.truth[key][:, rows.seen - 1 : rows.seen].expand_as(truth)
+            mask = mask & (ruler.squares(key, truth, last) > 0)
         total = torch.where(mask, squares, torch.zeros_like(squares)).sum((0, 2))
         parts.append(total / mask.sum((0, 2)).clamp_min(1))
     return torch.stack(parts).mean(0).sqrt().cpu().numpy()

@@ -166,7 +166,7 @@ def _scores(
     found = [
         Check(
             name="useful_horizon",
-            passed=curve.useful_horizon >= wanted,
+            passed=0 < wanted <= curve.useful_horizon,
             value=float(curve.useful_horizon),
             rule=f"steps of {name} better than a copy of the last row; must be at least {wanted}",
         ),

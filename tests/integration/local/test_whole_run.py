@@ -53,7 +53,7 @@ def test_run_killed_as_a_whole_is_finished_by_the_same_command(tmp_path: Path) -
         again = evaluate_run(run.run_dir.path, 2)
         assert again.mean == summary["evaluation_return"]
         assert again.env_steps == held["inserted"]
-        judged = evaluate_world_model(run.run_dir.path, horizon=6)
+        judged = evaluate_world_model(run.run_dir.path, horizon=10)
         assert judged.report.sound, judged.text()
         assert (judged.updates, judged.reference) == (final.step, None)
         assert all(file.stat().st_size > 0 for file in judged.files)
