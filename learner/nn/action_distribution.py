@@ -1,7 +1,7 @@
 """Distributions over actions as pure functions of a network's outputs, with their gradients written out.
 
-Source: arXiv 2301.04104, "Actor learning". `raw` is what the distribution keeps of the outputs: it is stored with
-an imagined action. Letters: A action width, K discrete components, R width of raw, `...` free leading axes.
+Source: arXiv 2301.04104, "Actor learning". `raw` is what the distribution keeps of the outputs: it is stored
+with an imagined action. Letters: A action width, K discrete components, R width of raw, `...` leading axes.
 """
 
 from __future__ import annotations

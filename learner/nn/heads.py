@@ -13,16 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learner.nn.action_distribution import ActionDistribution, BoundedNormals, Categoricals, component
-from learner.nn.imagine import Head, Layer
+from learner.nn.imagine import Head, mlp_layers
 from learner.nn.layers import MLP, Linear
 from learner.nn.twohot import TwoHot, mirrored_bins
 from system.specs import ActionSpec
-
-
-def mlp_weights(mlp: MLP) -> tuple[Layer, ...]:
-    """The hidden layers of a head."""
-    pairs = zip(mlp.linear, mlp.norm, strict=True)
-    return tuple(Layer(linear.weight, linear.bias, norm.scale) for linear, norm in pairs)
 
 
 class TwoHotHead(nn.Module):
@@ -42,7 +36,7 @@ class TwoHotHead(nn.Module):
 
     def weights(self) -> Head:
         """As the regions of imagination read them."""
-        return Head(mlp_weights(self.mlp), self.logits.weight, self.logits.bias)
+        return Head(mlp_layers(self.mlp), self.logits.weight, self.logits.bias)
 
 
 class BinaryHead(nn.Module):
@@ -59,7 +53,7 @@ class BinaryHead(nn.Module):
 
     def weights(self) -> Head:
         """As the regions of imagination read them."""
-        return Head(mlp_weights(self.mlp), self.logit.weight, self.logit.bias)
+        return Head(mlp_layers(self.mlp), self.logit.weight, self.logit.bias)
 
 
 class ActionHead(Protocol):
@@ -117,7 +111,7 @@ class DiscreteActionHead(_DistributionHead):
         """All components' outputs as one affine map."""
         parts = [(head.weight, head.bias) for head in self.logits]
         weight, bias = (torch.cat(kind) for kind in zip(*parts, strict=True))
-        return Head(mlp_weights(self.mlp), weight, bias)
+        return Head(mlp_layers(self.mlp), weight, bias)
 
     def noise(self, lead: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Uniforms [*lead, K]."""
@@ -144,7 +138,7 @@ class BoundedNormalHead(_DistributionHead):
     def weights(self) -> Head:
         """Mean and deviation as one affine map."""
         weight = torch.cat([self.mean.weight, self.std.weight])
-        return Head(mlp_weights(self.mlp), weight, torch.cat([self.mean.bias, self.std.bias]))
+        return Head(mlp_layers(self.mlp), weight, torch.cat([self.mean.bias, self.std.bias]))
 
     def noise(self, lead: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Standard normals [*lead, A]."""

@@ -1,7 +1,7 @@
 """Imagination: the prior rolled forward under the policy, and every head read where the states are.
 
-A pure function of weights, starts and random numbers, without gradients; `actor_critic` takes what it returns.
-`reference_imagine` is the same computation plainly written and the oracle of its tests.
+A pure function of weights, starts and random numbers, without gradients; `actor_critic` takes what it
+returns. `reference_imagine` is the same computation plainly written and the oracle of its tests.
 
 Letters: N trajectories, H steps, D deter, S variables, C classes, Z = C*S, F = D + Z, U units of any hidden
 layer, G blocks, d = D / G, A action width, R width of the policy's `raw`, W noise width, K bins.
@@ -19,7 +19,7 @@ from torch import Tensor
 from learner.nn.action_distribution import ActionDistribution
 from learner.nn.bptt import CoreWeights, core_step
 from learner.nn.categorical import mixed_probs, sample_one_hot
-from learner.nn.layers import rms_norm
+from learner.nn.layers import MLP, rms_norm
 from learner.nn.twohot import TwoHot
 
 
@@ -70,7 +70,7 @@ class Starts(NamedTuple):
 
 
 class Imagined(NamedTuple):
-    """N trajectories; row 0 is the start. Only what a loss uses: the last state has no policy, the first no reward."""
+    """N trajectories; row 0 is the start. What no loss reads is missing: policy at the end, reward at the start."""
 
     feat: Tensor  # [H + 1, N, F]
     action: Tensor  # [H, N, A], chosen in state h
@@ -79,6 +79,13 @@ class Imagined(NamedTuple):
     cont: Tensor  # [H + 1, N], probability times discount
     value: Tensor  # [H + 1, N]
     slow: Tensor  # [H, N], value by the slow critic
+
+
+def mlp_layers(mlp: MLP) -> tuple[Layer, ...]:
+    """The layers of a module."""
+    parts = dict(mlp.named_parameters())
+    names = ("linear.{}.weight", "linear.{}.bias", "norm.{}.scale")
+    return tuple(Layer(*(parts[name.format(i)] for name in names)) for i in range(len(mlp.linear)))
 
 
 def hidden(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from learner.nn.bptt import CoreWeights, PosteriorWeights, core_step, posterior_rollout, posterior_step
 from learner.nn.categorical import mixed_probs, sample_one_hot
+from learner.nn.imagine import DynamicsWeights, Head, mlp_layers
 from learner.nn.layers import MLP, BlockLinear, Linear, NormSilu
 
 State = dict[str, Tensor]
@@ -199,6 +200,14 @@ class RSSM(nn.Module):
         deter = core_step(deter, stoch, drive, core).deter
         soft = posterior_step(deter, projected, posterior, self.sizes.stoch).soft
         return deter, sample_one_hot(soft, uniform, self.sizes.unimix)
+
+    def dynamics(self) -> DynamicsWeights:
+        """Core and prior as the region of imagination reads them."""
+        core, driver = self.core.weights()
+        (action,) = mlp_layers(self.core.action_in)
+        logits = self.prior.logits
+        prior = Head(mlp_layers(self.prior.mlp), logits.weight, logits.bias)
+        return DynamicsWeights(core, action, driver.weight, driver.bias, prior, self.sizes.unimix)
 
     def step(self, state: State, action: Tensor, uniform: Tensor) -> State:
         """One imagined transition; action [N, A], uniform [N, S]."""

@@ -16,6 +16,7 @@ from learner.nn.categorical import entropy, free_nats_kl
 from learner.nn.decoder import Decoder
 from learner.nn.encoder import Encoder
 from learner.nn.heads import BinaryHead, TwoHotHead, binary_cross_entropy
+from learner.nn.imagine import DynamicsWeights, Head
 from learner.nn.rssm import RSSM, RSSMSizes, features
 from system.specs import EnvSpec
 
@@ -169,6 +170,10 @@ class DreamerWorldModel(nn.Module):
         }
         out = {key: value[:, 1:] for key, value in outcome.items()}
         return Rollout(state=states, action=torch.stack(actions, 1), out=out, feat=feats)
+
+    def imagination(self) -> tuple[DynamicsWeights, Head, Head]:
+        """Core with prior, reward and continuation head, as the region of imagination reads them."""
+        return self.rssm.dynamics(), self.reward.weights(), self.cont.weights()
 
     def read(self, state: Tree, what: frozenset[str]) -> Tree:
         """Any of feat, reward, cont (probability times discount), obs (in environment units)."""

@@ -1,4 +1,4 @@
-"""Twenty updates of small agents reproduce the loss curves on file: another order of summation may show, no more."""
+"""Twenty updates of small agents reproduce the curves on file, but for another order of summation."""
 
 import json
 
