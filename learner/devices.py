@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import torch
 
@@ -33,6 +34,32 @@ def resolve_device(setting: str) -> torch.device:
                 "install a CUDA build of torch and its driver, or set learner.device to auto or cpu"
             )
     return torch.device(setting)
+
+
+def rank_device(setting: str, rank: int, ranks: int) -> str:
+    """The device setting of one rank: every rank has a card of its own, or all are on the CPU.
+
+    Raises: ConfigError for one numbered card, PreflightError for fewer cards than ranks.
+    """
+    if ranks == 1 or setting == "cpu":
+        return setting
+    if ":" in setting:
+        raise ConfigError(
+            f"learner.device ({setting}) is one card and learner.ranks is {ranks}; set learner.device=cuda: "
+            "rank k then takes card k"
+        )
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cards == 0:
+        return setting  # auto: the CPU; cuda: refused by whoever resolves it
+    assigned = "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")  # by Ray, to this process alone
+    if cards == 1 and assigned:
+        return "cuda:0"
+    if cards < ranks:
+        raise PreflightError(
+            f"learner.ranks ({ranks}) needs as many CUDA devices, this machine shows {cards}; lower "
+            "learner.ranks, or set learner.device=cpu"
+        )
+    return f"cuda:{rank}"
 
 
 def describe(device: torch.device) -> str:

@@ -18,7 +18,7 @@ from learner.batches import Batches
 from learner.checkpoint import CheckpointStore, Loaded, check_signature
 from learner.health.alarms import HealthEvent
 from learner.publish import Publisher
-from system.errors import DeadlineError, DivergedError, PreflightError
+from system.errors import DeadlineError, DivergedError, PreflightError, RankLostError
 from system.experience import Sequence
 from system.interfaces import Agent, ReplayReader
 from system.metrics import Metrics
@@ -124,6 +124,7 @@ def learn_loop(
     starve_seconds: float = 3600.0,
     cuts: ReplayCuts | None = None,
     health: Health | None = None,
+    save_when_lost: bool = True,
     metrics: Metrics | None = None,
 ) -> Iterator[LearnerTick]:
     """Train until `total_updates` or until() is true, then publish, checkpoint and end; one tick per update.
@@ -131,10 +132,12 @@ def learn_loop(
     `checkpoint_on_start` fixes the new epoch on disk before a version of it is published. When
     checkpoint_asked(), called once per tick, is true there is one more. `rollback_after` non-finite
     updates in a row go back to the newest checkpoint. `cuts` note in every checkpoint which rows there were;
-    `health` looks at every update and says what is wrong.
+    `health` looks at every update and says what is wrong. With `save_when_lost` the death of another learner
+    rank costs no update: what this one has is saved first, all but the batch under way.
     Batches and publisher are stopped however the loop ends; closing the generator leaves no checkpoint.
     Raises: DivergedError when non-finite updates go on after a rollback, DeadlineError after
-    `starve_seconds` without a batch, PreflightError when the first or last checkpoint cannot be written.
+    `starve_seconds` without a batch, PreflightError when the first or last checkpoint cannot be written,
+    RankLostError when another rank is gone.
     """
     metrics = metrics if metrics is not None else Metrics("", "learner")
     cut = _Cut(
@@ -163,6 +166,10 @@ def learn_loop(
                 saved = cut.save_if_due(checkpoint_seconds, asked=checkpoint_asked())
             yield _tick(cut, values, waited, seconds, checkpoint=saved, health=seen)
         _finish(cut, publisher, healthy=guard.healthy)
+    except RankLostError as error:
+        if error.intact and save_when_lost and guard.healthy:
+            cut.save_if_due(0.0, asked=True)
+        raise
     finally:
         batches.stop()
         publisher.stop()

@@ -69,3 +69,14 @@ class EnvError(DreamfleetError):
 
 class EnvTimeout(EnvError):
     """An environment did not answer before the deadline."""
+
+
+class RankLostError(InfrastructureError):
+    """A learner rank died, fell silent or does not get on; no rank can go on without it.
+
+    `intact`: this rank's agent still is what it was after its last whole update.
+    """
+
+    def __init__(self, message: str, *, ranks: tuple[int, ...] = (), intact: bool = False) -> None:
+        super().__init__(message)
+        self.ranks, self.intact = ranks, intact

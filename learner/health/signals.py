@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from learner.distributed import mean_over_ranks
 from learner.interfaces import Tree
 
 Regions = Mapping[str, slice]
@@ -46,17 +47,20 @@ def input_signals(rows: Tree, start: Tree) -> dict[str, Tensor]:
         if value.is_floating_point()
     }
     reward = rows["reward"].float()
-    out["replayed/reward"] = reward.mean()
-    out["replayed/reward_std"] = reward.std(correction=0)
+    mean = mean_over_ranks(reward.mean())
+    out["replayed/reward"] = mean
+    out["replayed/reward_std"] = mean_over_ranks((reward - mean).square().mean()).sqrt()
     return out
 
 
 def value_signals(value: Tensor, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """Mean value and return of replayed rows, and spread of returns; all [B, T], rows of weight 0 left out."""
-    total = weight.sum().clamp_min(1.0)
-    mean = (weight * target).sum() / total
+    # Ranks have as many rows, but not as much weight: sums are shared, not quotients.
+    sums = mean_over_ranks(torch.stack([weight, weight * target, weight * value]).flatten(1).sum(1))  # [3]
+    total = sums[0].clamp_min(1.0)
+    mean = sums[1] / total
     return {
-        "replayed/value": (weight * value).sum() / total,
+        "replayed/value": sums[2] / total,
         "replayed/return": mean,
-        "replayed/return_std": ((weight * (target - mean).square()).sum() / total).sqrt(),
+        "replayed/return_std": (mean_over_ranks((weight * (target - mean).square()).sum()) / total).sqrt(),
     }

@@ -1,8 +1,8 @@
 """One whole DreamerV3 update as a function of tensors: rows and random numbers in, metrics and latents out.
 
 In here nothing waits for the device, looks at a value or draws a number, and all state is tensors changed in
-place: the same launches make up every update of one shape, so `learner.capture` can record them. Called by the
-agent, which owns the generator and talks to the host. Letters: B batch, T trained rows, C context rows.
+place: the same launches make up every update of one shape, so `learner.capture` can record them. Called by
+the agent, which owns the generator and talks to the host. Letters: B batch, T trained rows, C context rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.distributed import mean_over_ranks
+from learner.distributed import average_, own_rows, rank_count
 from learner.families.dreamer.behavior import ActorCritic
 from learner.families.dreamer.world_model import DreamerWorldModel
 from learner.health.signals import input_signals, module_regions, region_norms
@@ -84,13 +84,17 @@ class DreamerUpdate:
         return out
 
     def noise(self, batch: int, time: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The random numbers of one update on `batch` sequences of `time` rows, sequences first."""
+        """The random numbers of one update on `batch` sequences of `time` rows, sequences first.
+
+        All ranks draw alike for the whole batch and keep what belongs to their own sequences.
+        """
+        batch *= rank_count()
         model = self.model.noise(batch, time, generator)
         behavior = self.behavior.noise(batch, time, generator)
         starts = behavior["action"].shape[0]
         behavior |= self.model.noise(starts, self.behavior.horizon, generator)
-        out = {MODEL_NOISE + name: x for name, x in model.items()}
-        return out | {BEHAVIOR_NOISE + name: x for name, x in behavior.items()}
+        out = {MODEL_NOISE + name: own_rows(x) for name, x in model.items()}
+        return out | {BEHAVIOR_NOISE + name: own_rows(x) for name, x in behavior.items()}
 
     def unpack(self, inputs: dict[str, Tensor], context: int) -> tuple[Tree, Tree]:
         """(trained rows [B, T, ...], state before them [B, ...]) of what `arrays` chose."""
@@ -144,8 +148,8 @@ class DreamerUpdate:
         self.parameters.grads.zero_()
         total.backward()
         with torch.no_grad():
-            self.parameters.grads.copy_(mean_over_ranks(self.parameters.grads))
-            loss = mean_over_ranks(total.detach())
+            average_(self.parameters.grads)
+            loss = average_(total.detach().clone())
             norms = region_norms(self.parameters.grads, self.regions, "grad_norm/")
             applied = self.optimiser.step(loss)
             self.behavior.after_step(applied.finite)
@@ -159,7 +163,7 @@ class DreamerUpdate:
             }
             self.names = tuple(metrics)
             out = {
-                "metrics": torch.stack([value.float() for value in metrics.values()]),
+                "metrics": average_(torch.stack([value.float() for value in metrics.values()])),
                 "deter": rows["deter"].to(torch.bfloat16),
                 "stoch": class_index(rows["stoch"]),
             }
