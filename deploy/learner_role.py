@@ -29,8 +29,9 @@ BATCH_SECONDS = 0.5
 def signature(config: RunConfig, env_spec: EnvSpec) -> dict[str, Any]:
     """What a checkpoint must agree on with the run that loads it: model family, its settings, the spaces."""
     from learner.catalog import make_config
+    from learner.families.dreamer.config import EXECUTION
 
-    family = make_config(config.learner.family, config.learner.settings)
+    family = make_config(config.learner.family, config.learner.settings).model_dump(exclude=set(EXECUTION))
     env = env_spec.to_json()
     spaces = flatten({"obs": env["obs"], "action": env["action"]})
     return {"family": config.learner.family, **flatten(family, "settings."), **spaces}

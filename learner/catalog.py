@@ -95,12 +95,20 @@ def make_agent(
     `priority_signal`: the errors it writes back as replay priorities, if any.
     Raises: PreflightError when the device is absent.
     """
+    from learner.capture import make_recorder
     from learner.devices import resolve_device
     from learner.families.dreamer.agent import DreamerAgent
 
     _check(family, config)
+    where = resolve_device(device)
     return DreamerAgent(
-        config, env, device=resolve_device(device), seed=seed, priority_signal=priority_signal
+        config,
+        env,
+        device=where,
+        seed=seed,
+        priority_signal=priority_signal,
+        late=where.type == "cuda",  # waiting for a result there would leave the device idle
+        recorder=make_recorder(where, config.graph),
     )
 
 

@@ -68,6 +68,10 @@ class LossScales(BaseModel):
     """Factor on the critic loss over replayed states, in nats; its gradient reaches the world model."""
 
 
+EXECUTION: frozenset[str] = frozenset({"backend", "compile", "graph"})
+"""Settings that say how an update is computed, not what: a checkpoint moves between their values."""
+
+
 class DreamerConfig(BaseModel):
     """One DreamerV3 agent."""
 
@@ -77,6 +81,9 @@ class DreamerConfig(BaseModel):
     """Row of `SIZES` that fills every field not set explicitly. The official default is size200m."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute type of matrix products; parameters, norms and losses stay float32. Official: bf16 on GPUs."""
+
+    graph: Literal["auto", "off"] = "auto"
+    """auto: on CUDA the whole update is captured once as a graph and replayed. Elsewhere it means nothing."""
 
     deter: int = Field(default=512, ge=8)
     """Units of the recurrent state."""
