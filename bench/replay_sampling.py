@@ -1,7 +1,12 @@
-"""How fast batches come out of a replay in memory, beside memcpy of as many bytes out of as much memory."""
+"""How fast batches come out of a replay in memory, beside memcpy of as many bytes out of as much memory.
+
+In memory means in the page cache, so the files are read once right before; `major_faults` tells how often
+the kernel had taken a page back (one that reclaims idle memory does so after half a minute).
+"""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -43,9 +48,23 @@ def sample_rows(root: Path, gigabytes: float, seconds: float) -> Iterator[Row]:
         yield filled.row("replay", case, "append_rate", "rows/s")
         reader = open_reader(root, table)
         with closing(reader):
+            read_files(root)
             nbytes = sum(array.nbytes for array in reader.sample(TIMEOUT).columns.values())
             copy = Memcpy(nbytes, int(gigabytes * 1e9 / nbytes))
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
             yield from compare(case, nbytes, lambda: reader.sample(TIMEOUT), copy, seconds)
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before
+            yield Row(bench="replay", case=case, metric="major_faults", value=faults, unit="faults")
+
+
+def read_files(root: Path) -> None:
+    """Bring every file of a replay into the page cache."""
+    block = bytearray(4 << 20)
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(block):
+                    pass
 
 
 def compare(
