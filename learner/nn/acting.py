@@ -9,6 +9,7 @@ Letters: n rows, D deter, S variables, C classes, Z = C*S, A action width.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from learner.nn.encoder import Encoder
 from learner.nn.heads import BoundedNormalHead, DiscreteActionHead
 from learner.nn.rssm import RSSM
+from system.specs import ArraySpec
 
 
 class PlainStep(nn.Module):
@@ -61,3 +63,27 @@ class PlainStep(nn.Module):
         raw = self.actor(torch.cat([deter, sample.flatten(1)], -1))
         chosen = torch.where(greedy.unsqueeze(-1), self.actor.mode(raw), self.actor.sample(raw, noise))
         return chosen, deter, sample
+
+    def example(self, obs: Mapping[str, ArraySpec], rows: int) -> dict[str, Any]:
+        """Inputs of one step of `rows` rows by name: made-up state and observations, true random numbers."""
+        sizes = self.rssm.sizes
+        generator = torch.Generator().manual_seed(rows)
+        return {
+            "deter": torch.rand(rows, sizes.deter, generator=generator) - 0.5,
+            "stoch": torch.rand(rows, sizes.flat_stoch, generator=generator),
+            "action": torch.rand(rows, self.action_width, generator=generator),
+            "obs": {key: _made_up(spec, rows, generator) for key, spec in sorted(obs.items())},
+            "is_first": torch.arange(rows) % 2 == 1,
+            "uniform": torch.rand(rows, sizes.stoch, generator=generator),
+            "noise": self.actor.noise((rows,), generator),
+            "greedy": torch.arange(rows) % 3 == 1,
+        }
+
+
+def _made_up(spec: ArraySpec, rows: int, generator: torch.Generator) -> Tensor:
+    """Values [n, *shape] that an array of this kind may hold."""
+    dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(rows, *spec.shape, generator=generator).to(dtype)
+    high = spec.classes if spec.kind == "discrete" else 2 if spec.dtype == "bool" else 100
+    return torch.randint(high, (rows, *spec.shape), generator=generator).to(dtype)

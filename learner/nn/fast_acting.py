@@ -29,6 +29,8 @@ from learner.nn.layers import MLP, ROOT_EPS
 
 EPS = float(ROOT_EPS**2)
 Arrays = Mapping[str, NDArray[np.generic]]
+PARTIAL_SIZES = 8
+"""Sizes of partial steps whose buffers are kept: environments that answer in batches use one or two."""
 
 
 class _Pair(NamedTuple):
@@ -161,13 +163,15 @@ class Rows:
             self.feat.index_fill_(0, index, 0.0)
             self.action.index_fill_(0, index, 0.0)
 
-    def gather(self, others: Rows, index: Tensor) -> None:
-        """Copy the state of rows index [n] of `others`."""
+    def take(self, others: Rows, index: Tensor) -> None:
+        """Become rows index [n] of `others`."""
+        self._owner = others, index
         self.feat.copy_(others.feat.index_select(0, index))
         torch.index_select(others.action, 0, index, out=self.action)
 
-    def scatter(self, others: Rows, index: Tensor) -> None:
-        """Copy the state to rows index [n] of `others`."""
+    def give_back(self) -> None:
+        """Write the state to where `take` found it."""
+        others, index = self._owner
         others.feat.index_copy_(0, index, self.feat)
         others.action.index_copy_(0, index, self.action)
 
@@ -269,6 +273,7 @@ class FastStep:
 
     def __init__(self, plain: PlainStep) -> None:
         self._plain = plain
+        self._partial: dict[int, Rows] = {}
         encoder = plain.encoder
         self._images = list(zip(encoder.images, encoder.cnn, strict=True))
         self._image_at = encoder.mlp.outputs if encoder.vectors else 0
@@ -302,6 +307,21 @@ class FastStep:
     def rows(self, count: int) -> Rows:
         """The zero state of `count` environments."""
         return Rows(count, self._plain)
+
+    def borrow(self, rows: Rows, env_id: NDArray[np.int32]) -> Rows:
+        """The state of environments env_id [n]: `rows` itself when they are all of them in order, else a copy
+        to be given back after the step.
+        """
+        if env_id.tobytes() == rows.ids:
+            return rows
+        count = len(env_id)
+        if count not in self._partial:
+            while len(self._partial) >= PARTIAL_SIZES:
+                self._partial.pop(next(iter(self._partial)))
+            self._partial[count] = self.rows(count)
+        part = self._partial[count]
+        part.take(rows, torch.from_numpy(env_id.astype(np.int64)))
+        return part
 
     def __call__(self, rows: Rows, obs: Arrays, generator: torch.Generator, *, greedy: bool) -> None:
         """Filter obs [n, ...] into rows.deter and rows.stoch and put the chosen action into rows.action.

@@ -138,4 +138,4 @@ def test_buffers_of_partial_steps_are_bounded():
             is_terminal=zeros,
         )
         policy.act(carry, step, "train")
-    assert len(policy._subsets) <= 8
+    assert len(policy.fast._partial) <= 8
