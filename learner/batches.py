@@ -33,21 +33,30 @@ class Batches:
     """Up to `depth` batches drawn ahead; next() waits at most `timeout` seconds.
 
     `ring` is how many batches the reader keeps valid at a time. Below depth + 2 (queued, being drawn, in
-    use) they are copied into buffers of our own. The thread starts at the first next(), so a state must be
-    loaded before.
+    use) they are copied into buffers of our own. With `buffer`, which makes an array like a given one, the
+    thread always copies: `learner.transfer` makes page-locked ones. The thread starts at the first next(),
+    so a state must be loaded before.
 
     With `exact` the outcome does not depend on who is faster: rows that came back from a batch are written
     right before the draw depth + 1 later, and a state holds the batches drawn ahead.
     """
 
     def __init__(
-        self, reader: ReplayReader, depth: int, timeout: float, *, ring: int = 1, exact: bool = False
+        self,
+        reader: ReplayReader,
+        depth: int,
+        timeout: float,
+        *,
+        ring: int = 1,
+        exact: bool = False,
+        buffer: Callable[[NDArray[np.generic]], NDArray[np.generic]] | None = None,
     ) -> None:
         assert depth >= 0, depth
         assert timeout > 0, timeout
         self._reader, self._depth, self._timeout = reader, depth, timeout
         self._exact = exact and depth > 0
-        self._copies = _Ring(depth + 2) if depth and ring < depth + 2 else None
+        copied = depth > 0 and (buffer is not None or ring < depth + 2)
+        self._copies = _Ring(depth + 2, buffer or np.empty_like) if copied else None
         self._pump: Callable[[], None] | None = getattr(
             reader, "pump", None
         )  # only governing readers have one
@@ -256,15 +265,15 @@ def _nothing() -> None:
 class _Ring:
     """Buffers used in turn, made from the first batch that comes by."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, buffer: Callable[[NDArray[np.generic]], NDArray[np.generic]]) -> None:
+        self._size, self._buffer = size, buffer
         self._buffers: list[dict[str, NDArray[np.generic]]] = []
         self._next = 0
 
     def copy(self, sequence: Sequence) -> Sequence:
         columns: Mapping[str, NDArray[np.generic]] = sequence.columns  # each [B, T, ...]
         if not self._buffers:
-            self._buffers = [{k: np.empty_like(v) for k, v in columns.items()} for _ in range(self._size)]
+            self._buffers = [{k: self._buffer(v) for k, v in columns.items()} for _ in range(self._size)]
         buffer = self._buffers[self._next]
         self._next = (self._next + 1) % self._size
         for name, values in columns.items():

@@ -47,6 +47,20 @@ def test_a_batch_stays_as_it_was_while_others_are_drawn_ahead(stopped, depth: in
             np.testing.assert_array_equal(sequence.columns["obs"][b], reader.obs[start : start + TIME])
 
 
+def test_batches_are_copied_into_buffers_of_the_callers_making(stopped):
+    made = []
+
+    def buffer(array: np.ndarray) -> np.ndarray:
+        made.append(np.empty_like(array))
+        return made[-1]
+
+    reader = RowReader()
+    batches = stopped(reader, 2, TIMEOUT, ring=100, buffer=buffer)
+    got = [batches.next().columns for _ in range(6)]
+    assert {id(array) for columns in got for array in columns.values()} <= {id(array) for array in made}
+    assert len(made) == 4 * len(got[0])  # queued, being drawn, in use
+
+
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_never_more_than_depth_is_drawn_ahead(stopped, depth: int):
     reader = RowReader()

@@ -1,6 +1,6 @@
 """The whole update as something a device can repeat by itself: no host in it, replays equal direct calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -20,6 +20,15 @@ from tests.unit.learner.tape import NoHost, TapeRecorder
 from tests.unit.learner.test_dreamer_agent import TINY, draw, mixed_env, replaced, vector_env
 
 META = torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What other threads compute is not on the tape."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def arm_env() -> EnvSpec:
