@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from learner.evaluation.openloop import OpenLoop
 
 CONTEXT_ROWS = 5
+PANELS = 3
+"""Curves beside each other."""
 
 
 def _axes() -> tuple[Any, Any]:
@@ -120,10 +122,16 @@ def plot_world_model(target: Path, report: WorldModelReport) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.6 * len(report.curves), 3.4), layout="constrained")
+    curves = dict(report.curves)
+    if sum(name.startswith("obs/") and name.count("/") == 1 for name in curves) == 1:
+        curves.pop("obs", None)  # the same curve again
+    lines = -(-len(curves) // PANELS)
+    figure = Figure(figsize=(4.0 * PANELS, 3.2 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(report.curves), squeeze=False)[0]
-    for axes, (name, curve) in zip(panels, report.curves.items(), strict=True):
+    panels = figure.subplots(lines, PANELS, squeeze=False).flatten()
+    for axes in panels[len(curves) :]:
+        axes.set_visible(False)
+    for axes, (name, curve) in zip(panels, curves.items(), strict=False):
         steps = np.arange(1, curve.counted + 1)
         for values, label, style in (
             (curve.model, "model, open loop", "-"),

@@ -27,5 +27,5 @@ def test_curves_of_a_world_model_are_drawn(tmp_path: Path, seen: int) -> None:
     rows = simulated_rows(CartPole(), sequences=4, time=10, seen=seen, seed=0)
     report = evaluate_model(OracleModel(CartPole()), rows, seed=0)
     picture = iio.imread(plot_world_model(tmp_path / "x.png", report))
-    assert picture.shape[1] > 3 * picture.shape[0]  # a panel for each channel
+    assert picture.shape[1] > 1.5 * picture.shape[0]  # two lines of three panels
     assert picture[..., :3].std() > 5
