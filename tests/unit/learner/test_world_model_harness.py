@@ -13,10 +13,11 @@ from learner.evaluation.counterfactual import counterfactual, plan_gap, random_a
 from learner.evaluation.harness import evaluate_model
 from learner.evaluation.invariants import invariants
 from learner.evaluation.oracle import OracleModel, simulated_rows
-from learner.evaluation.rows import at_row, map_leaves
+from learner.evaluation.rows import Rows, at_row, map_leaves
 from learner.evaluation.simulators import CartPole, Corridor
 from learner.interfaces import Rollout, Space
 from system.errors import ConfigError
+from system.specs import ActionSpec, ArraySpec, EnvSpec
 
 SEEN, TIME, SEQUENCES = 3, 20, 24
 
@@ -170,6 +171,33 @@ def test_an_untrained_model_is_sound_and_knows_nothing() -> None:
     assert report.main.useful_horizon == 0
     assert report.counterfactual.retrieval < 0.3
     assert {"observe_p50_ms", "step_p95_ms", "read_p50_ms"} <= report.latency.keys()
+
+
+def test_dreamer_on_images_and_continuous_actions_knows_no_future() -> None:
+    spec = EnvSpec(
+        name="noise",
+        obs={
+            "image": ArraySpec(shape=(32, 32, 3), dtype="uint8", kind="image"),
+            "class": ArraySpec(shape=(2,), dtype="int32", kind="discrete", classes=3),
+        },
+        action=ActionSpec(kind="continuous", size=2),
+    )
+    model = make_agent("dreamer", make_config("dreamer", {"size": "nano"}), spec, device="cpu", seed=0).model
+    rng, shape = np.random.default_rng(0), (3, 8)
+    obs = {
+        "image": rng.integers(0, 256, (*shape, 32, 32, 3)).astype(np.uint8),
+        "class": rng.integers(0, 3, (*shape, 2)).astype(np.int32),
+    }
+    batch = {
+        "obs": {key: torch.from_numpy(value) for key, value in obs.items()},
+        "prev_action": torch.from_numpy(rng.uniform(-1, 1, (*shape, 2)).astype(np.float32)),
+        "reward": torch.zeros(shape),
+        **{name: torch.zeros(shape, dtype=torch.bool) for name in ("is_first", "is_last", "is_terminal")},
+    }
+    given = Rows(batch=batch, start=model.initial(3), seen=4)
+    assert {check.name for check in invariants(model, given, generator()) if not check.passed} == set()
+    curves = compounding(model, predict(model, given, generator()))
+    assert {"obs", "obs/image", "obs/image/changed", "obs/class", "reward", "cont", "feat"} == set(curves)
 
 
 def test_whoever_copies_is_not_better_than_copying_and_does_not_listen() -> None:
