@@ -24,7 +24,8 @@ from torch import Tensor
 from learner.nn.acting import PlainStep
 from learner.nn.action_distribution import BoundedNormals, Categoricals
 from learner.nn.bptt import UPDATE_BIAS
-from learner.nn.encoder import flat_size
+from learner.nn.encoder import ImageEncoder, flat_size
+from learner.nn.fast_images import FastImages
 from learner.nn.layers import MLP, ROOT_EPS
 
 EPS = float(ROOT_EPS**2)
@@ -275,7 +276,6 @@ class FastStep:
         self._plain = plain
         self._partial: dict[int, Rows] = {}
         encoder = plain.encoder
-        self._images = list(zip(encoder.images, encoder.cnn, strict=True))
         self._image_at = encoder.mlp.outputs if encoder.vectors else 0
         self._place_vectors()
         self.join()
@@ -298,6 +298,11 @@ class FastStep:
     def join(self) -> None:
         """Take over the weights of the modules."""
         plain = self._plain
+        encoder = plain.encoder
+        self._images = [
+            (group.keys, FastImages(cast("ImageEncoder", cnn)))
+            for group, cnn in zip(encoder.images, encoder.cnn, strict=True)
+        ]
         self._mlp = _Dense.all_of(plain.encoder.mlp, self._order) if plain.encoder.vectors else []
         self._core, self._posterior = _Core.of(plain), _Posterior.of(plain)
         head = plain.actor.weights()
@@ -364,8 +369,8 @@ class FastStep:
                 x = layer(x, rows)
             rows.tokens.narrow(1, 0, x.shape[1]).copy_(x)
         at = self._image_at
-        for group, cnn in self._images:
-            parts = [torch.from_numpy(np.ascontiguousarray(obs[key])) for key in group.keys]
-            tokens = cnn(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+        for keys, images in self._images:
+            parts = [torch.from_numpy(np.ascontiguousarray(obs[key])) for key in keys]
+            tokens = images(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
             rows.tokens.narrow(1, at, tokens.shape[1]).copy_(tokens)
             at += tokens.shape[1]
