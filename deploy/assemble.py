@@ -294,8 +294,8 @@ def health_watch(
     )
 
 
-def agent(config: RunConfig, env_spec: EnvSpec) -> Any:
-    """The learning agent on the device asked for. Raises: PreflightError when there is none."""
+def agent(config: RunConfig, env_spec: EnvSpec, *, device: str = "") -> Any:
+    """The learning agent on `device`, or the one asked for. Raises: PreflightError when there is none."""
     from learner.catalog import make_agent, make_config
 
     family = make_config(config.learner.family, config.learner.settings)
@@ -303,7 +303,7 @@ def agent(config: RunConfig, env_spec: EnvSpec) -> Any:
         config.learner.family,
         family,
         env_spec,
-        device=config.learner.device,
+        device=device or config.learner.device,
         seed=child_seed(config.seed, "agent"),
         priority_signal=config.replay.priority.signal,
     )

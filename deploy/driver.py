@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.fleet import Fleet, RoleStatus
+from deploy.rank_group import Mourning, broken, culprit, meeting_place, rank_keys
 from deploy.roles import RoleSpec
 from deploy.run_config import RunConfig
 from deploy.run_dir import RunDirectory
@@ -102,6 +103,7 @@ class Driver:
         self.curve: list[dict[str, float]] = []
         self.progress = Progress(train_ratio_asked=config.replay.train_ratio)
         self._draining = False
+        self._mourning = Mourning(config.learner.rank_timeout)
 
     def start(self) -> None:
         """Launch services, then the learner and the actors that need their addresses."""
@@ -111,7 +113,7 @@ class Driver:
         for index in range(config.shard_count):
             self._launch("shard", index)
         self._await_running(["params-0", *(f"shard-{i}" for i in range(config.shard_count))])
-        self._launch("learner", 0)
+        self._launch_ranks()
         for index in range(config.actors.count):
             self._launch("actor", index)
         self.run_dir.event("run started", backend=config.backend, actors=config.actors.count)
@@ -132,7 +134,13 @@ class Driver:
             self._addresses[key] = address
         return self._addresses[key]
 
-    def _launch(self, role: str, index: int) -> None:
+    def _launch_ranks(self) -> None:
+        """All ranks of the learner at once: they meet at a new place in each of their lives."""
+        meeting = meeting_place(self.config.learner.ranks)
+        for rank in range(self.config.learner.ranks):
+            self._launch("learner", rank, meeting)
+
+    def _launch(self, role: str, index: int, extra: Mapping[str, Any] | None = None) -> None:
         key = f"{role}-{index}"
         services = role in ("params", "shard")
         old = self._specs.get(key)
@@ -151,6 +159,7 @@ class Driver:
             if services
             else tuple(self._address(f"shard-{i}") for i in range(self.config.shard_count)),
             port=port,
+            extra=extra or {},
         )
         self.fleet.launch(spec)
         self._specs[key] = spec
@@ -191,7 +200,9 @@ class Driver:
         statuses = self.fleet.statuses()
         self._count(statuses)  # before mending: a relaunched role must not inherit its predecessor's counts
         for key, status in statuses.items():
-            self._mend(key, status)
+            if not key.startswith("learner"):
+                self._mend(key, status)
+        self._mend_ranks({key: statuses[key] for key in rank_keys(self.config.learner.ranks)})
         self.progress.restarts = self._restart_total
         self._publish_targets(statuses)
         return self.progress
@@ -207,26 +218,47 @@ class Driver:
                 role, index = key.rsplit("-", 1)
                 self._launch(role, int(index))
             return
-        silent = status.state in ("starting", "running") and status.age > self.config.silent_seconds
-        if status.state != "failed" and not silent:
+        if not broken(status, self.config.silent_seconds):
             return
-        if status.state == "failed" and status.exit_code in FATAL_EXIT_CODES:
-            self._fail(key, status)
-        if silent:
+        if status.state != "failed":
             self.fleet.kill(key)
+        self._lose(key, key, status)
+
+    def _mend_ranks(self, statuses: Mapping[str, RoleStatus]) -> None:
+        """As _mend for the learner, whose ranks end and begin together."""
+        key = next(iter(statuses))  # rank 0 stands for all
+        if key in self._relaunch_at:
+            if time.monotonic() >= self._relaunch_at[key]:
+                del self._relaunch_at[key]
+                self._launch_ranks()
+            return
+        lost = {rank: word for rank, word in statuses.items() if broken(word, self.config.silent_seconds)}
+        if not lost or (key not in lost and self._mourning.goes_on(statuses[key], time.monotonic())):
+            return
+        guilty = culprit(lost, FATAL_EXIT_CODES)
+        for rank, status in statuses.items():
+            if status.state in ("starting", "running"):
+                self.fleet.kill(rank)
+        self._lose(key, guilty, statuses[guilty])
+
+    def _lose(self, key: str, guilty: str, status: RoleStatus) -> None:
+        """Note why `key` ended and when it is launched again. `guilty`: itself, or the rank that it needs."""
+        now = time.monotonic()
+        if status.state == "failed" and status.exit_code in FATAL_EXIT_CODES:
+            self._fail(guilty, status)
         recent = self._restarts[key]
         while recent and now - recent[0] > RESTART_WINDOW_SECONDS:
             recent.popleft()
         if len(recent) >= self.config.max_restarts:
-            self._fail(key, status)
+            self._fail(guilty, status)
         delay = min(LONGEST_BACKOFF_SECONDS, 0.2 * 2 ** len(recent))
         recent.append(now)
         self._restart_total += 1
         self._restarts_new[key.rsplit("-", 1)[0]] += 1
         self._relaunch_at[key] = now + delay
-        reason = f"silent for {status.age:.0f} s" if silent else status.error
-        log.warning("role lost", extra={"role": key, "reason": reason, "delay": delay})
-        self._note_end("role lost", key, status, reason=reason, restart_in=delay)
+        reason = status.error if status.state == "failed" else f"silent for {status.age:.0f} s"
+        log.warning("role lost", extra={"role": guilty, "reason": reason, "delay": delay})
+        self._note_end("role lost", guilty, status, reason=reason, restart_in=delay)
 
     def _note_end(self, event: str, key: str, status: RoleStatus, **details: Any) -> None:
         life = self._specs[key].incarnation

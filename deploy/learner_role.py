@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy import assemble, health
+from deploy.learner_ranks import device_of, place_of
 from deploy.limit import LimitKeeper
 from deploy.roles import RoleSpec
 from deploy.run_config import RunConfig
@@ -21,6 +22,7 @@ from system.specs import EnvSpec
 
 if TYPE_CHECKING:
     from learner.loop import LearnerTick
+    from learner.ranks import RankHub
 
 BATCH_SECONDS = 0.5
 """Longest silence of the loop while no batch is due; the role reports in between."""
@@ -62,12 +64,13 @@ class LearnerRole:
         from learner.checkpoint import CheckpointStore
         from learner.loop import learn_loop, resume
         from learner.publish import Publisher
+        from learner.transfer import batch_buffers
         from system.params.client import GrpcWeightSink
 
         spec, config = self._spec, self._config
         torch.set_num_threads(config.learner.threads)
         env_spec = EnvSpec.from_json(spec.env_spec)
-        agent = assemble.agent(config, env_spec)
+        inner, agent = self._agent(env_spec)
         self._pins = assemble.replay_pins(config, spec.run_dir)
         self._reader = assemble.replay_reader(
             config, env_spec, spec.run_dir, spec.shard_addresses, self.metrics, pins=self._pins
@@ -87,8 +90,9 @@ class LearnerRole:
             BATCH_SECONDS,
             ring=assemble.reader_ring(config),
             exact=config.replay.resume == "exact",
+            buffer=batch_buffers(inner.device),
         )
-        self._watch = assemble.health_watch(config, env_spec, agent, self._reader, self.metrics)
+        self._watch = assemble.health_watch(config, env_spec, inner, self._reader, self.metrics)
         progress = resume(
             store, agent, batches, publisher, named, note=partial(self._compare, run_dir), health=self._watch
         )
@@ -102,13 +106,33 @@ class LearnerRole:
             checkpoint_seconds=config.learner.checkpoint_seconds,
             checkpoint_asked=lambda: taken(run_dir.checkpoint_request),
             total_updates=config.updates,
-            until=lambda: self._stopping,
+            until=self._until,
             progress=progress,
             cuts=self._pins,
             health=self._watch,
+            save_when_lost=config.replay.resume != "exact",  # the batch under way would be left out
             metrics=self.metrics,
         )
         return {"updates": progress.updates, "younger_rows": self._younger}
+
+    def _agent(self, env_spec: EnvSpec) -> tuple[Any, Any]:
+        """The agent of this process, and the one of all ranks, which it is when there are no others."""
+        if self._config.learner.ranks == 1:
+            alone = assemble.agent(self._config, env_spec)
+            return alone, alone
+        from learner.devices import resolve_device
+        from learner.ranks import RankedAgent, RankHub
+
+        device = device_of(self._spec)
+        self._hub = RankHub(place_of(self._spec), resolve_device(device))  # first: agents look at the group
+        inner = assemble.agent(self._config, env_spec, device=device)
+        return inner, RankedAgent(inner, self._hub, metrics=self.metrics)
+
+    def _until(self) -> bool:
+        """Asked once per tick. Raises: RankLostError: also between updates nobody waits for a lost rank."""
+        if self._hub is not None:
+            self._hub.check()
+        return self._stopping
 
     def _compare(self, run_dir: RunDirectory, meta: Mapping[str, Any]) -> None:
         """Say how the replay differs from what the checkpoint saw; wait for all of it when it is the same."""
@@ -132,6 +156,7 @@ class LearnerRole:
             time.sleep(seconds)
         return self._status(self._tick)
 
+    _hub: RankHub | None = None
     _tick: LearnerTick | None = None
     _younger = 0  # rows in replay that the weights resumed from had not seen
     _newest: dict[str, float] = {}  # noqa: RUF012 (replaced, never changed in place)
@@ -165,6 +190,8 @@ class LearnerRole:
         ticks = list(self._loop)
         for tick in ticks:
             health.write_events(self._run_dir, tick.health)
+        if self._hub is not None:
+            self._hub.close()
         self._reader.close()
         self._pins.close()
         return self._status(ticks[-1] if ticks else self._tick)

@@ -65,10 +65,14 @@ def check_settings(config: RunConfig, env_spec: EnvSpec) -> TableSpec:
         share = config.shard_capacity
         geometry = choose_geometry(table.row_nbytes, share, config.replay.segment_rows)
         check_fits(share, geometry.total, config.learner.length + config.learner.context)
-    if config.backend == "local" and config.learner.device not in ("auto", "cpu"):
-        from learner.devices import resolve_device  # on a cluster only the learner's node can tell
+    device, ranks = config.learner.device, config.learner.ranks
+    if config.backend == "local" and (device.startswith("cuda") or (ranks > 1 and device != "cpu")):
+        from learner.devices import (  # on a cluster only the learner's node can tell
+            rank_device,
+            resolve_device,
+        )
 
-        resolve_device(config.learner.device)
+        resolve_device(rank_device(device, ranks - 1, ranks))
     return table
 
 
@@ -122,5 +126,10 @@ def plan(config: RunConfig) -> Plan:
         row_bytes=table.row_nbytes,
         replay_bytes=rows * table.row_nbytes,
         updates=int(updates),
-        processes={"params": 1, "shard": config.shard_count, "learner": 1, "actor": config.actors.count},
+        processes={
+            "params": 1,
+            "shard": config.shard_count,
+            "learner": config.learner.ranks,
+            "actor": config.actors.count,
+        },
     )

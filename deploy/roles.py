@@ -178,8 +178,9 @@ class ActorRole:
 def make_role(spec: RoleSpec) -> Role:
     """The role a spec describes, not yet started."""
     if spec.role == "learner":
-        from deploy.learner_role import LearnerRole  # torch stays out of every other process
+        from deploy.learner_ranks import RankRole  # torch stays out of every other process
+        from deploy.learner_role import LearnerRole
 
-        return LearnerRole(spec)
+        return RankRole(spec) if spec.index else LearnerRole(spec)
     roles: dict[str, Any] = {"params": ParamsRole, "shard": ShardRole, "actor": ActorRole}
     return roles[spec.role](spec)

@@ -72,6 +72,12 @@ class LearnerConfig(StrictConfig):
     """Batches drawn ahead."""
     publish_updates: int = Field(4, ge=1)
     """Updates between two published versions."""
+    ranks: int = Field(1, ge=1, le=64)
+    """Processes that share every batch and learn as one, each with a GPU of its own or all on the CPU."""
+    rank_timeout: float = Field(5.0, ge=1, le=600)
+    """Seconds without a sign of life after which a rank is lost; one that lives must keep up all the same."""
+    launch: Literal["backend", "torchrun"] = "backend"
+    """Who starts the ranks: the backend of the run, or torchrun (then backend must be local)."""
     checkpoint_seconds: float = Field(60.0, gt=0)
     """Time between two checkpoints."""
     keep_checkpoints: int = Field(3, ge=1)
@@ -144,6 +150,30 @@ class RunConfig(StrictConfig):
         if not NAME.fullmatch(name):
             raise ValueError(f"must match {NAME.pattern}; use letters, digits, '.', '_' and '-'")
         return name
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> RunConfig:
+        learner = self.learner
+        if learner.batch % learner.ranks:
+            down = learner.batch // learner.ranks * learner.ranks
+            batches = [str(size) for size in (down, down + learner.ranks) if size]
+            divisors = [str(n) for n in range(1, learner.batch + 1) if learner.batch % n == 0]
+            raise ValueError(
+                f"learner.batch ({learner.batch}) must be divisible by learner.ranks ({learner.ranks}): "
+                f"they get equal parts of every batch; set learner.batch to {' or '.join(batches)}, or "
+                f"learner.ranks to one of {', '.join(divisors)}"
+            )
+        if learner.ranks > 1 and ":" in learner.device:
+            raise ValueError(
+                f"learner.device ({learner.device}) is one card and learner.ranks is {learner.ranks}; set "
+                "learner.device=cuda: rank k then takes card k"
+            )
+        if learner.launch == "torchrun" and self.backend != "local":
+            raise ValueError(
+                f"learner.launch=torchrun works with backend=local, not {self.backend}; set backend=local "
+                "or leave the launching to the backend"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sequences_fit(self) -> RunConfig:

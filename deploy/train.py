@@ -38,7 +38,8 @@ def _announce(session: Session, out: Any) -> None:
     verb = "resuming" if session.resumed else "starting"
     what = (
         f"{config.env.name} on backend {config.backend}: {config.actors.count} actors x "
-        f"{config.actors.envs} environments, {config.replay.shards} replay shards, 1 learner "
+        f"{config.actors.envs} environments, {config.replay.shards} replay shards, "
+        f"{config.learner.ranks} learner {'rank' if config.learner.ranks == 1 else 'ranks'} "
         f"({config.learner.family}, device {config.learner.device}), "
         f"train ratio {config.replay.train_ratio:g}"
     )

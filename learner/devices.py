@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import torch
 
@@ -36,9 +35,10 @@ def resolve_device(setting: str) -> torch.device:
     return torch.device(setting)
 
 
-def rank_device(setting: str, rank: int, ranks: int) -> str:
-    """The device setting of one rank: every rank has a card of its own, or all are on the CPU.
+def rank_device(setting: str, rank: int, ranks: int, *, own_card: bool = False) -> str:
+    """The device setting of one learner rank: every rank has a card of its own, or all are on the CPU.
 
+    `own_card`: this process is shown no card but its own.
     Raises: ConfigError for one numbered card, PreflightError for fewer cards than ranks.
     """
     if ranks == 1 or setting == "cpu":
@@ -51,8 +51,7 @@ def rank_device(setting: str, rank: int, ranks: int) -> str:
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cards == 0:
         return setting  # auto: the CPU; cuda: refused by whoever resolves it
-    assigned = "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")  # by Ray, to this process alone
-    if cards == 1 and assigned:
+    if own_card:
         return "cuda:0"
     if cards < ranks:
         raise PreflightError(

@@ -96,6 +96,11 @@ class RankHub:
         """Why, by rank; empty while all are there."""
         return {link.rank: link.lost for link in self.links if link.lost}
 
+    def check(self) -> None:
+        """Raises: RankLostError when a rank is gone, though nothing is asked of it now."""
+        if self.lost:
+            raise self.blame(InfrastructureError("between two updates"))
+
     def answer(self, link: RankLink, op: str) -> Message:
         """Raises: CollectiveError, RankLostError."""
         message = link.receive(watch.patience)
