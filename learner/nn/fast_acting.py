@@ -30,8 +30,8 @@ from learner.nn.layers import MLP, ROOT_EPS
 
 EPS = float(ROOT_EPS**2)
 Arrays = Mapping[str, NDArray[np.generic]]
-PARTIAL_SIZES = 8
-"""Sizes of partial steps whose buffers are kept: environments that answer in batches use one or two."""
+PARTIAL_ROWS = 1024
+"""Rows in all of the partial steps whose buffers are kept, one buffer for each number of rows."""
 
 
 class _Pair(NamedTuple):
@@ -125,15 +125,16 @@ class Rows:
 
     def _core_buffers(self, units: int, deter: int, blocks: int) -> None:
         count = self.count
-        self.blocked = self.deter.view(count, blocks, -1).transpose(0, 1)  # [G, n, d]
+        self.blocked = self.deter.view(count, blocks, deter // blocks).transpose(0, 1)  # [G, n, d]
         # Of deter, stoch and action, each beside its negative.
         self.embedded = torch.empty(count, 3, 2 * units)
         self.embeds, self.negatives = self.embedded.split(units, -1)  # each [n, 3, U]
         self.embed_deter, self.embed_stoch, self.embed_action = self.embeds.unbind(1)  # each [n, U]
         self.inputs = torch.empty(count, 3, units)
-        self.flat_inputs = self.inputs.view(count, -1)  # [n, 3U]
+        self.flat_inputs = self.inputs.view(count, 3 * units)  # [n, 3U]
         self.hidden = self.pair(deter)
-        self.hidden_blocked = self.hidden.left.unflatten(-1, (blocks, -1)).transpose(0, 1)  # [G, n, d]
+        blocked = self.hidden.left.unflatten(-1, (blocks, deter // blocks))  # [n, G, d]
+        self.hidden_blocked = blocked.transpose(0, 1)  # [G, n, d]
         self.own = torch.empty(blocks, count, deter // blocks)  # [G, n, d]
         self.gates = torch.empty(blocks, count, 3 * deter // blocks)  # [G, n, 3d]: reset, update, candidate
         self.squashed, self.candidate = self.gates.split([2 * deter // blocks, deter // blocks], -1)
@@ -143,8 +144,7 @@ class Rows:
         self.sample = self.stoch.unflatten(-1, (classes, stoch))  # [n, C, S]
         self.logits = torch.empty(self.count, classes * stoch)  # [n, Z]
         self.by_class = self.logits.view(self.count, classes, stoch)
-        # Does the uniform lie above the class? 1 before the first, 0 after the last: differences are
-        # one-hots.
+        # Does the uniform lie above the class? 1 before the first, 0 after the last: differences are one-hot.
         self.above = torch.zeros(self.count, classes + 1, stoch)
         self.above[:, 0] = 1.0
         self.above_inner = self.above[:, 1:classes]  # [n, C - 1, S]
@@ -231,7 +231,7 @@ class _Core(NamedTuple):
         torch.bmm(rows.blocked, self.own, out=rows.own)
         rows.hidden_blocked.add_(rows.own)
         active = self.norm(rows.hidden)  # [n, D]
-        blocked = active.view(rows.count, self.own.shape[0], -1).transpose(0, 1)  # [G, n, d]
+        blocked = active.view(rows.count, *self.own.shape[:2]).transpose(0, 1)  # [G, n, d]
         torch.baddbmm(self.gates_bias, blocked, self.gates, out=rows.gates)
         rows.squashed.sigmoid_()
         rows.candidate.mul_(rows.reset).tanh_()
@@ -321,7 +321,7 @@ class FastStep:
             return rows
         count = len(env_id)
         if count not in self._partial:
-            while len(self._partial) >= PARTIAL_SIZES:
+            while self._partial and sum(self._partial) + count > PARTIAL_ROWS:
                 self._partial.pop(next(iter(self._partial)))
             self._partial[count] = self.rows(count)
         part = self._partial[count]
@@ -358,9 +358,9 @@ class FastStep:
         """Tokens of obs [n, ...] into rows.tokens."""
         if self._slots:
             for key, first, last, classes in self._slots:
-                value = obs[key].reshape(rows.count, -1)
+                value = obs[key].reshape(rows.count, (last - first) // (classes or 1))
                 if classes:
-                    value = (value[..., None] == np.arange(classes)).reshape(rows.count, -1)
+                    value = (value[..., None] == np.arange(classes)).reshape(rows.count, last - first)
                 rows.vector_array[:, first:last] = value
             numbers = rows.vector.narrow(1, 0, self._numbers)
             torch.copysign(numbers.abs().log1p_(), numbers, out=numbers)

@@ -123,19 +123,35 @@ def test_example_inputs_fit_the_plain_step():
         assert stoch.sum(-2).eq(1.0).all()
 
 
+def blank(ids):
+    rows = len(ids)
+    zeros = np.zeros(rows, bool)
+    return Step(
+        env_id=np.asarray(ids, np.int32),
+        obs={"x": np.zeros((rows, 3), np.float32)},
+        reward=np.zeros(rows, np.float32),
+        is_first=zeros,
+        is_last=zeros,
+        is_terminal=zeros,
+    )
+
+
 def test_buffers_of_partial_steps_are_bounded():
     policy, _ = scene(VECTOR, DISCRETE)
-    carry = policy.initial(40)
-    for rows in range(1, 30):
-        ids = np.arange(rows, dtype=np.int32) + 1
-        zeros = np.zeros(rows, bool)
-        step = Step(
-            env_id=ids,
-            obs={"x": np.zeros((rows, 3), np.float32)},
-            reward=np.zeros(rows, np.float32),
-            is_first=zeros,
-            is_last=zeros,
-            is_terminal=zeros,
-        )
-        policy.act(carry, step, "train")
-    assert len(policy.fast._partial) <= 8
+    carry = policy.initial(100)
+    for rows in range(1, 70):
+        policy.act(carry, blank(np.arange(rows) + 1), "train")
+        assert sum(policy.fast._partial) <= 1024
+    assert 69 in policy.fast._partial
+    assert 1 not in policy.fast._partial
+
+
+def test_step_without_rows_changes_nothing():
+    policy, steps = scene(VECTOR, CONTINUOUS)
+    carry = policy.initial(ENVS)
+    policy.act(carry, steps[0], "eval")
+    before = carry.state.clone()
+    action, carry, extras = policy.act(carry, blank([]), "eval")
+    assert action.shape == (0, 2)
+    assert extras["deter"].shape == (0, 32)
+    assert torch.equal(carry.state, before)
