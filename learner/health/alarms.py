@@ -87,12 +87,12 @@ ALARMS: tuple[Alarm, ...] = (
     ),
     Alarm(
         name="return_flat",
-        watches="`imagined/return_range` below `return_least` of the normaliser's floor, although "
-        "replayed rewards differ",
-        cause="returns differ far less than the floor of their normaliser: the policy sees almost no "
-        "advantage beside its entropy bonus",
-        remedy="scale the rewards up, or lower learner.settings.return_floor; if rewards are merely "
-        "rare, explore or collect longer",
+        watches="`replayed/reward_std` times the discount horizon below `return_least` of the "
+        "normaliser's floor, while `imagined/return_scale` is at that floor",
+        cause="rewards are so small that returns differ far less than the floor of their normaliser: "
+        "the policy sees almost no advantage beside its entropy bonus",
+        remedy="scale the rewards up in the environment, or lower learner.settings.return_floor and "
+        "learner.settings.entropy",
     ),
     Alarm(
         name="entropy_collapse",
@@ -127,7 +127,8 @@ ALARMS: tuple[Alarm, ...] = (
     ),
     Alarm(
         name="value_mismatch",
-        watches="`replayed/value` against `replayed/return` of the same rows, over the size of the returns",
+        watches="`replayed/value` against `replayed/return` of the same rows, over the size of the "
+        "returns, unless the value is catching up",
         cause="the critic is not what follows: it does not learn, or overestimates and feeds on itself",
         remedy="lower learner.settings.lr; check scales.value and scales.replay_value; see "
         "gradient_vanishing for the critic",

@@ -17,6 +17,7 @@ class ModelFacts:
     entropy_most: float = math.inf
     return_most: float = math.inf  # outermost bin of value and reward
     return_floor: float = 1.0  # smallest divisor of advantages
+    discount_horizon: float = math.inf  # steps over which rewards add up
     lr: float = 0.0  # after the warmup
     warmup: int = 0  # updates
     loss_modules: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -65,7 +65,8 @@ class HealthMonitor:
         )
         events: list[HealthEvent] = []
         quiet = self.settings.quiet_updates
-        calm = self._updates > quiet and update > self.facts.warmup + quiet
+        warmup = min(self.facts.warmup, self.settings.warmup_updates)
+        calm = self._updates > quiet and update > warmup + quiet
         for name, rule in RULES.items():
             if name in AT_ONCE or calm:
                 events += self._judge(name, rule(look), self._patience(name))
@@ -131,7 +132,9 @@ class HealthMonitor:
                 size = math.log10(max(value, TINY))
                 self._short.add(f"log {name}", size)
                 self._long.add(name, size)
-        if (lr := values.get("lr")) is not None:
+        if "replayed/value" in values:
+            self._long.add("replayed/value", values["replayed/value"])
+        if math.isfinite(lr := values.get("lr", math.nan)):
             grown = self._lr is None or lr > self._lr
             self._lr, self._lr_still = lr, 0 if grown else self._lr_still + 1
 

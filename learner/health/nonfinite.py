@@ -15,13 +15,13 @@ def nonfinite_source(values: Mapping[str, float], weights: Mapping[str, float], 
     """What was first in the flow of data: inputs, then weights, then losses, then gradients, in words.
 
     `values`: metrics of the skipped update, with input/<key> counting entries that are not finite,
-    loss/<part> and grad_norm/<module>; `weights`: norm per module. Gradients flow backwards: of several
+    loss/<part> and grad_norm/<module>; `weights`: peak per module. Gradients flow backwards: of several
     modules with such a gradient the last one in the flow of data got it first.
     """
     if bad := [key for key, value in values.items() if key.startswith("input/") and value > 0.0]:
         keys = ", ".join(f"{key.removeprefix('input/')} ({values[key]:.0f} entries)" for key in bad)
         return f"input {keys}"
-    if bad := [module for module, norm in weights.items() if not math.isfinite(norm)]:
+    if bad := [module for module, peak in weights.items() if not math.isfinite(peak)]:
         return f"weights of {', '.join(bad)}"
     order = list(facts.loss_modules)
     losses = [key.removeprefix("loss/") for key, value in values.items() if _broken(key, value, "loss/")]

@@ -16,6 +16,11 @@ from learner.health.settings import HealthSettings
 
 TINY = 1e-20
 """Stands for a gradient of exactly zero, whose logarithm is wanted."""
+CATCHING_UP = 0.1
+"""Share of its distance from the returns that a critic which learns makes good within a long window."""
+LARGEST_EXPONENT = 300.0
+VISIBLE_SHARE = 0.01
+"""Share of the whole gradient's usual norm below which a module's own norm is not called usual."""
 REWARD_SPREAD = 0.05
 """Least spread of rewards that imagined ones are measured in: the heads' resolution near zero."""
 
@@ -49,7 +54,7 @@ class Look:
 
     update: int  # over all resumes
     short: Averages
-    long: Averages  # of base-10 logarithms of gradient norms
+    long: Averages  # of the replayed value, and of base-10 logarithms of gradient norms
     facts: ModelFacts
     settings: HealthSettings
     planned_updates: float | None
@@ -92,13 +97,15 @@ def return_saturated(look: Look) -> Reading | None:
 
 
 def return_flat(look: Look) -> Reading | None:
-    got = look.short.all("imagined/return_range", "replayed/reward_std")
+    got = look.short.all("imagined/return_scale", "replayed/reward_std")
     if got is None:
         return None
-    spread, rewards = got
-    limit = look.settings.return_least * look.facts.return_floor
-    reading = below(spread, limit, look.settings.margin, f"spread of replayed rewards {rewards:.3g}")
-    return reading if rewards > 0.0 else _unjudged(reading)
+    scale, rewards = got
+    floor, limit = look.facts.return_floor, look.settings.return_least
+    # Not the range of imagined returns: an untrained critic alone makes one of some tenths.
+    reach = rewards * look.facts.discount_horizon / floor
+    reading = below(reach, limit, look.settings.margin, f"spread of replayed rewards {rewards:.3g}")
+    return reading if rewards > 0.0 and scale <= floor * 1.01 else _unjudged(reading)
 
 
 def entropy_collapse(look: Look) -> Reading | None:
@@ -141,9 +148,14 @@ def value_mismatch(look: Look) -> Reading | None:
     if got is None:
         return None
     value, target, std = got
-    size = max(std, abs(target), look.facts.return_floor)
+    gap, size = abs(value - target), max(std, abs(target), look.facts.return_floor)
     detail = f"value {value:.4g}, return {target:.4g}"
-    return above(abs(value - target) / size, look.settings.value_error, look.settings.margin, detail)
+    reading = above(gap / size, look.settings.value_error, look.settings.margin, detail)
+    # While returns grow, a healthy critic runs after them, far behind when the learning rate is low.
+    before = look.long.get("replayed/value")
+    if before is not None and abs(before - target) - gap > CATCHING_UP * gap:
+        return Reading(value=reading.value, limit=reading.limit, broken=False, healed=reading.healed)
+    return reading
 
 
 def gradient_explosion(look: Look) -> Reading | None:
@@ -151,10 +163,15 @@ def gradient_explosion(look: Look) -> Reading | None:
     if got is None:
         return None
     settings, worst, where = look.settings, 0.0, "grad_norm"
+    # From almost nothing any gradient is a thousandfold, such as an actor's that finds its first reward:
+    # growth counts from a share of the whole on.
+    least = (look.long.get("grad_norm") or 0.0) + math.log10(VISIBLE_SHARE)
     for name in look.long.names("grad_norm"):
         now, usual = look.short.get(f"log {name}"), look.long.get(name)
-        # From almost nothing any gradient is a thousandfold: growth counts from a visible size on.
-        if now is not None and usual is not None and (growth := 10.0 ** (now - max(usual, -6.0))) > worst:
+        if now is None or usual is None:
+            continue
+        growth = 10.0 ** min(now - max(usual, least), LARGEST_EXPONENT)
+        if growth > worst:
             worst, where = growth, name
     if got[0] > settings.gradient_most:
         return above(got[0], settings.gradient_most, settings.margin, where)

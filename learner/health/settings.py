@@ -21,7 +21,7 @@ class HealthSettings(StrictConfig):
     """Updates in a row for which a limit must be broken before its alarm is raised, and kept, with
     `margin`, before it is cleared."""
     long_patience: int = Field(2000, ge=1)
-    """The same before `entropy_maximum` and `return_flat` are raised: sparse rewards take time to find."""
+    """The same for `entropy_maximum` and `return_flat`: sparse rewards take time to find."""
     margin: float = Field(0.2, ge=0, lt=1)
     """Share of the limit by which a value must be better than it to clear the alarm."""
 
@@ -31,8 +31,9 @@ class HealthSettings(StrictConfig):
     """`kl_explosion`: largest dynamics loss, as a share of the largest KL that the unimix allows."""
     return_share: float = Field(0.1, gt=0, le=1)
     """`return_saturated`: largest return or value, as a share of the outermost bin."""
-    return_least: float = Field(0.01, ge=0)
-    """`return_flat`: least range of imagined returns, as a share of the floor of the normaliser."""
+    return_least: float = Field(0.05, ge=0)
+    """`return_flat`: least that rewards can make of a difference over the discount horizon, as a share of the
+    floor of the return normaliser."""
     entropy_low: float = Field(0.005, ge=0, lt=1)
     """`entropy_collapse`: least policy entropy, as a share of the way from its least to its most."""
     entropy_high: float = Field(0.99, gt=0, le=1)

@@ -29,9 +29,14 @@ def module_regions(names: Sequence[str], sizes: Sequence[int]) -> dict[str, slic
     return regions
 
 
-def region_norms(flat: Tensor, regions: Regions, prefix: str = "") -> dict[str, Tensor]:
+def region_norms(flat: Tensor, regions: Regions, prefix: str) -> dict[str, Tensor]:
     """Euclidean norm [] of each region of a flat buffer; not finite when any entry is not."""
     return {f"{prefix}{name}": torch.linalg.vector_norm(flat[part]) for name, part in regions.items()}
+
+
+def region_peaks(flat: Tensor, regions: Regions) -> dict[str, Tensor]:
+    """Largest magnitude [] of each region of a flat buffer; not finite exactly when some entry is not."""
+    return {name: flat[part].abs().amax() for name, part in regions.items()}
 
 
 def input_signals(rows: Tree, start: Tree) -> dict[str, Tensor]:
@@ -54,7 +59,7 @@ def input_signals(rows: Tree, start: Tree) -> dict[str, Tensor]:
 
 
 def value_signals(value: Tensor, target: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """Mean value and return of replayed rows, and spread of returns; all [B, T], rows of weight 0 left out."""
+    """Mean value and return of replayed rows, spread of returns; all [B, T], rows of weight 0 left out."""
     # Ranks have as many rows, but not as much weight: sums are shared, not quotients.
     sums = mean_over_ranks(torch.stack([weight, weight * target, weight * value]).flatten(1).sum(1))  # [3]
     total = sums[0].clamp_min(1.0)

@@ -34,7 +34,7 @@ class Watched(Protocol):
     @property
     def model(self) -> WorldModel: ...
     def prepare(self, sequence: Sequence) -> tuple[Tree, Tree]: ...
-    def weight_norms(self) -> dict[str, float]: ...  # per module; asked for after a skipped update only
+    def weight_peaks(self) -> dict[str, float]: ...  # per module; asked for after a skipped update only
 
 
 class HealthWatch:
@@ -84,7 +84,7 @@ class HealthWatch:
         if not self._settings.enabled:
             return ()
         self._skipped += 1
-        source = nonfinite_source(values, self._agent.weight_norms(), self._facts)
+        source = nonfinite_source(values, self._agent.weight_peaks(), self._facts)
         log.warning("not finite", extra={"source": source, "in_a_row": self._skipped})
         return self._export(self.monitor.after_nonfinite(update, source, self._skipped))
 

@@ -22,7 +22,7 @@ from learner.families.dreamer.config import DreamerConfig
 from learner.families.dreamer.latents import latent_columns
 from learner.families.dreamer.update import DreamerUpdate
 from learner.families.dreamer.world_model import DreamerWorldModel
-from learner.health.signals import module_regions, region_norms
+from learner.health.signals import region_peaks
 from learner.interfaces import Stage, Tree, check_needs
 from learner.nn.layers import initialise
 from learner.nn.optim import FlatParameters, LaProp, check_arrays
@@ -141,11 +141,10 @@ class DreamerAgent:
 
         return outcome
 
-    def weight_norms(self) -> dict[str, float]:
-        """Norm of the weights of each module, not finite where any entry is not. Waits for the device."""
-        regions = module_regions(self.parameters.names, self.parameters.sizes)
-        norms = region_norms(self.parameters.values, regions)
-        return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
+    def weight_peaks(self) -> dict[str, float]:
+        """Largest weight of each module, not finite where any entry is not. Waits for the device."""
+        peaks = region_peaks(self.parameters.values, self.update.regions)
+        return dict(zip(peaks, torch.stack(list(peaks.values())).tolist(), strict=True))
 
     def weights(self) -> dict[str, NDArray[np.generic]]:
         """What an acting policy needs, float32 copies by name."""

@@ -32,6 +32,7 @@ def dreamer_facts(config: DreamerConfig, env: EnvSpec) -> ModelFacts:
         entropy_most=most,
         return_most=math.expm1(20.0),
         return_floor=config.return_floor,
+        discount_horizon=config.discount_horizon,
         lr=config.lr,
         warmup=config.warmup,
         loss_modules=LOSS_MODULES,
