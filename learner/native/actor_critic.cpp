@@ -70,7 +70,7 @@ struct Group {
     HeadGrads critic_grads, actor_grads;
     double losses[4] = {};
     Scratch scratch;
-    float *space = scratch.take(BLOCK * PANEL), *logits = scratch.take(BLOCK * std::max(K, O));
+    float *space = scratch.take(BLOCK * panel_count(2 * V) * PANEL), *logits = scratch.take(BLOCK * std::max(K, O));
     float *active = scratch.take(depth * BLOCK * V), *by_x = scratch.take(BLOCK * V), *by_a = scratch.take(BLOCK * V);
     float *again = scratch.take(V), *by_scale = scratch.take(V), *joint = scratch.take(BLOCK * 2 * V);
 
@@ -99,7 +99,7 @@ struct Group {
             losses[3] += terms.entropy;
         }
         back(at, rows, false);
-        cross(rows, a.feat + at * F, F, F, joint, 2 * V, 2 * V, first, 2 * V);
+        cross(rows, a.feat + at * F, F, F, joint, 2 * V, 2 * V, first, 2 * V, space);
     }
 
     void replayed(int64_t at, int64_t rows) {
@@ -109,7 +109,7 @@ struct Group {
             losses[2] += value_loss(logits + r * K, a.replay_returns[at + r], a.slow[at + r], a.replay_weight[at + r],
                                     a.replay_factor);
         back(at, rows, true);
-        cross(rows, a.feat + at * F, F, F, joint, 2 * V, V, first, 2 * V);
+        cross(rows, a.feat + at * F, F, F, joint, 2 * V, V, first, 2 * V, space);
         gemm(rows, joint, 2 * V, plan.critic_back[0], a.by_feat + at * F, F);
     }
 
@@ -145,7 +145,7 @@ struct Group {
         const HeadGrads &grads = critic ? critic_grads : actor_grads;
         const int64_t layers = grads.layers, outputs = grads.outputs;
         for (int64_t r = 0; r < rows; r++) add_to(grads.tensors[3 * layers + 1], logits + r * outputs, outputs);
-        cross(rows, logits, outputs, outputs, top(layers), V, V, grads.tensors[3 * layers], V);
+        cross(rows, logits, outputs, outputs, top(layers), V, V, grads.tensors[3 * layers], V, space);
         gemm(rows, logits, outputs, turned[layers], by_x, V);
         for (int64_t level = layers - 1; level >= 0; level--) {
             int64_t step;
@@ -158,16 +158,9 @@ struct Group {
                 add_to(grads.tensors[3 * level + 2], by_scale, V);
             }
             if (!level) break;
-            cross(rows, by_a, V, V, top(level), V, V, grads.tensors[3 * level], V);
+            cross(rows, by_a, V, V, top(level), V, V, grads.tensors[3 * level], V, space);
             gemm(rows, by_a, V, turned[level], by_x, V);
         }
-    }
-
-    // c [m, n] += a^T b.
-    void cross(int64_t rows, const float *left, int64_t left_step, int64_t m, const float *right, int64_t right_step,
-               int64_t n, float *c, int64_t c_step) {
-        for (int64_t j = 0; j < n; j += PANEL)
-            cross_panel(rows, left, left_step, m, right, right_step, n, j, c, c_step, space);
     }
 };
 

@@ -27,8 +27,8 @@ FLAGS = (
     "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "
     "-fvisibility=hidden -fPIC -shared"
 ).split()
-COMPILE_SECONDS = 60.0
-WAIT_SECONDS = 90.0
+COMPILE_SECONDS = 120.0
+WAIT_SECONDS = 150.0
 POLL_SECONDS = 0.1
 
 
@@ -151,9 +151,8 @@ def _build(directory: Path, stem: str, compiler: tuple[str, ...]) -> ctypes.CDLL
             capture_output=True,
             timeout=COMPILE_SECONDS,
         )
-        ctypes.CDLL(name)  # an empty file is no library
-        path = directory / f"{stem}-{_digest(draft.read_bytes())}.so"
-        draft.replace(path)
+        loaded = ctypes.CDLL(name)  # raises when the compiler left no library
+        draft.replace(directory / f"{stem}-{_digest(draft.read_bytes())}.so")
     finally:
         draft.unlink(missing_ok=True)
-    return ctypes.CDLL(str(path))
+    return loaded

@@ -9,6 +9,7 @@
 #include "memory.h"
 
 constexpr int PANEL = 2 * LANES;
+constexpr int AHEAD = 16;  // rows of a panel fetched before they are needed
 
 // [k, n] in panels of PANEL columns, [panels, k, PANEL]; zeros fill the last panel.
 struct Packed {
@@ -63,6 +64,8 @@ inline void gemm_tile(const float *a, int64_t a_step, const float *panel, int64_
     }
     for (int64_t p = 0; p < k; p++, panel += PANEL) {
         const Vec b0 = load(panel, Full{}), b1 = load(panel + LANES, Full{});
+        __builtin_prefetch(panel + AHEAD * PANEL);
+        __builtin_prefetch(panel + AHEAD * PANEL + LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++) {
             const float x = a[r * a_step + p];
@@ -111,6 +114,7 @@ inline void cross_tile(int64_t count, const float *a, int64_t a_step, const floa
     Vec sums[COLUMNS][2] = {};
     for (int64_t p = 0; p < rows; p++, panel += PANEL, a += a_step) {
         const Vec b0 = load(panel, Full{}), b1 = load(panel + LANES, Full{});
+        __builtin_prefetch(a + AHEAD * a_step);
 #pragma GCC unroll 16
         for (int i = 0; i < COLUMNS; i++) {
             sums[i][0] += a[i] * b0;
@@ -126,16 +130,19 @@ inline void cross_tile(int64_t count, const float *a, int64_t a_step, const floa
     }
 }
 
-// One panel (columns j to j + PANEL of b) of c [m, n] += a^T b, a [rows, m], b [rows, n]: a weight gradient.
-// `space` holds rows * PANEL floats.
-inline void cross_panel(int64_t rows, const float *a, int64_t a_step, int64_t m, const float *b, int64_t b_step,
-                        int64_t n, int64_t j, float *c, int64_t c_step, float *space) {
-    const int64_t width = std::min<int64_t>(PANEL, n - j);
-    for (int64_t p = 0; p < rows; p++) {
-        std::memset(space + p * PANEL, 0, width < PANEL ? PANEL * sizeof(float) : 0);
-        std::memcpy(space + p * PANEL, b + p * b_step + j, width * sizeof(float));
+// c [m, n] += a^T b, a [rows, m], b [rows, n]: a weight gradient. `space` holds rows * panel_count(n) * PANEL floats.
+inline void cross(int64_t rows, const float *a, int64_t a_step, int64_t m, const float *b, int64_t b_step, int64_t n,
+                  float *c, int64_t c_step, float *space) {
+    for (int64_t j = 0; j < n; j += PANEL) {
+        const int64_t width = std::min<int64_t>(PANEL, n - j);
+        for (int64_t p = 0; p < rows; p++) {
+            float *to = space + j * rows + p * PANEL;
+            if (width < PANEL) std::memset(to, 0, PANEL * sizeof(float));
+            std::memcpy(to, b + p * b_step + j, (size_t)width * sizeof(float));
+        }
     }
-    for (int64_t i = 0; i < m; i += TILE_ROWS)
-        cross_tile<TILE_ROWS>(std::min<int64_t>(TILE_ROWS, m - i), a + i, a_step, space, rows, c + i * c_step + j,
-                              c_step, width);
+    for (int64_t i = 0; i < m; i += TILE_ROWS)  // some columns of a stay in the first cache for all panels
+        for (int64_t j = 0; j < n; j += PANEL)
+            cross_tile<TILE_ROWS>(std::min<int64_t>(TILE_ROWS, m - i), a + i, a_step, space + j * rows, rows,
+                                  c + i * c_step + j, c_step, std::min<int64_t>(PANEL, n - j));
 }

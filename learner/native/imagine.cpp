@@ -172,8 +172,10 @@ struct Chunk {
 
     // stoch of step h + 1 from the prior.
     void sample(int64_t h, float *next) {
-        const float *x = next;
+        const float *x = next, *uniform = a.stoch_noise + (first * a.horizon + h) * S;
         int64_t step = F;
+        for (int64_t r = 0; r < rows; r++)  // scattered rows: on their way while the products run
+            for (int64_t s = 0; s < S; s += 16) __builtin_prefetch(uniform + r * a.horizon * S + s);
         for (const PackedLayer &layer : plan.prior.layers) {
             gemm(rows, x, step, layer.weight, embedded, U, layer.bias);
             for (int64_t r = 0; r < rows; r++) norm_silu(embedded + r * U, layer.scale, inputs + r * U, U);
@@ -184,7 +186,7 @@ struct Chunk {
         for (int64_t r = 0; r < rows; r++) {
             float *row = logits + r * Z;
             softmax_classes(row, row, C, S);
-            sample_classes(row, a.stoch_noise + ((first + r) * a.horizon + h) * S, (float)a.unimix, row, index + r * S, C, S);
+            sample_classes(row, uniform + r * a.horizon * S, (float)a.unimix, row, index + r * S, C, S);
             one_hot(index + r * S, next + r * F + D, C, S);
         }
     }

@@ -63,45 +63,53 @@ def policy_fields(policy: ActionDistribution) -> dict[str, int | float | Tensor]
     }
 
 
-@torch.no_grad()
-def imagine(
-    starts: Starts, dynamics: DynamicsWeights, heads: HeadWeights, policy: ActionDistribution, bins: Tensor
-) -> tuple[Imagined, Traces]:
-    """As `learner.nn.imagine.imagine`."""
+def _allocate(starts: Starts, heads: HeadWeights, width: int) -> tuple[Imagined, Traces]:
     count, horizon = starts.action_noise.shape[:2]
-    classes, variables = starts.stoch.shape[1:]
-    size, units, outputs = starts.deter.shape[1], heads.critic.layers[0].bias.shape[0], heads.actor.bias.shape[0]
-    width = dynamics.action.weight.shape[1]
+    feat = starts.deter.shape[1] + starts.stoch[0].numel()
     imagined = Imagined(
-        feat=torch.empty(horizon + 1, count, size + classes * variables),
+        feat=torch.empty(horizon + 1, count, feat),
         action=torch.empty(horizon, count, width),
-        raw=torch.empty(horizon, count, outputs),
+        raw=torch.empty(horizon, count, heads.actor.bias.shape[0]),
         reward=torch.empty(horizon, count),
         cont=torch.empty(horizon + 1, count),
         value=torch.empty(horizon + 1, count),
         slow=torch.empty(horizon, count),
     )
-    depths = (len(heads.critic.layers), len(heads.actor.layers))
-    kept = tuple(
-        torch.empty(horizon, count, sum(level < depth for depth in depths) * units) for level in range(max(depths))
-    )
+    depths, units = (len(heads.critic.layers), len(heads.actor.layers)), heads.critic.layers[0].bias.shape[0]
+    widths = [sum(level < depth for depth in depths) * units for level in range(max(depths))]
+    return imagined, Traces(tuple(torch.empty(horizon, count, w) for w in widths))
+
+
+@torch.no_grad()
+def imagine(
+    starts: Starts,
+    dynamics: DynamicsWeights,
+    heads: HeadWeights,
+    policy: ActionDistribution,
+    bins: Tensor,
+    into: tuple[Imagined, Traces] | None = None,
+) -> tuple[Imagined, Traces]:
+    """As `learner.nn.imagine_rows.imagine`, memory of an earlier call with the same shapes included."""
+    count, horizon = starts.action_noise.shape[:2]
+    classes, variables = starts.stoch.shape[1:]
+    imagined, traces = into or _allocate(starts, heads, dynamics.action.weight.shape[1])
     call(
         library().imagine,
         _Imagine(
             trajectories=count,
             horizon=horizon,
-            deter=size,
+            deter=starts.deter.shape[1],
             stoch=variables,
             classes=classes,
             hidden=dynamics.action.bias.shape[0],
             blocks=dynamics.core.own.shape[0],
             threads=torch.get_num_threads(),
             chunk=CHUNK,
-            units=units,
+            units=heads.critic.layers[0].bias.shape[0],
             bins=bins.shape[0],
             prior_layers=len(dynamics.prior.layers),
-            width=width,
-            outputs=outputs,
+            width=imagined.action.shape[2],
+            outputs=imagined.raw.shape[2],
             noise=starts.action_noise.shape[2],
             unimix=dynamics.unimix,
             **policy_fields(policy),
@@ -126,7 +134,7 @@ def imagine(
             out_cont=imagined.cont,
             value=imagined.value,
             out_slow=imagined.slow,
-            kept=kept,
+            kept=traces.kept,
         ),
     )
-    return imagined, Traces(kept)
+    return imagined, traces

@@ -54,21 +54,34 @@ template <class F> inline void each(int64_t count, F &&f) {
     if (at < count) f(at, Part{(int)(count - at)});
 }
 
-inline float sum(Vec x) {  // pairwise, always in the same order
-    float parts[LANES];
-    std::memcpy(parts, &x, sizeof x);
+// Sum and maximum of all lanes, always in the same order.
+#if defined(__AVX512F__)
+inline float sum(Vec x) { return _mm512_reduce_add_ps((__m512)x); }
+inline float largest(Vec x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
+inline float sum(Vec x) {
     for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-    return parts[0];
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
 }
-
 inline float largest(Vec x) {
-    float parts[LANES];
-    std::memcpy(parts, &x, sizeof x);
-    float most = parts[0];
-    for (int i = 1; i < LANES; i++) most = parts[i] > most ? parts[i] : most;
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
     return most;
 }
+#endif
+
+// Limits of x; not a number stays not a number.
+#if defined(__AVX512F__)
+inline Vec at_least(Vec x, Vec low) { return (Vec)_mm512_max_ps((__m512)low, (__m512)x); }
+inline Vec at_most(Vec x, Vec high) { return (Vec)_mm512_min_ps((__m512)high, (__m512)x); }
+#elif defined(__AVX__)
+inline Vec at_least(Vec x, Vec low) { return (Vec)_mm256_max_ps((__m256)low, (__m256)x); }
+inline Vec at_most(Vec x, Vec high) { return (Vec)_mm256_min_ps((__m256)high, (__m256)x); }
+#else
+inline Vec at_least(Vec x, Vec low) { return x < low ? low : x; }
+inline Vec at_most(Vec x, Vec high) { return x > high ? high : x; }
+#endif
 
 // x in the lanes that count, `other` elsewhere.
 inline Vec take(Vec x, Vec, Full) { return x; }
@@ -101,25 +114,24 @@ inline Vec exp_parts(Vec x, Vec &power) {
     return power * (r + r * r * poly);
 }
 
+// For x up to 88.
 inline Vec exp(Vec x) {
-    x = x < -87.0f ? splat(-87.0f) : x;
-    x = x > 88.0f ? splat(88.0f) : x;
     Vec power;
-    const Vec rest = exp_parts(x, power);
+    const Vec rest = exp_parts(at_least(x, splat(-87.0f)), power);
     return power + rest;
 }
 
 inline Vec sigmoid(Vec x) {
-    x = x < -80.0f ? splat(-80.0f) : x;  // its reciprocal stays a normal number
-    return reciprocal(1.0f + exp(-x));
+    Vec power;  // limits: so that powers and the reciprocal stay normal numbers
+    const Vec rest = exp_parts(-at_most(at_least(x, splat(-80.0f)), splat(87.0f)), power);
+    return reciprocal(1.0f + (power + rest));
 }
 
 inline Vec tanh(Vec x) {
-    Vec fall = x < 0.0f ? x + x : -(x + x);  // -2 |x|
-    fall = fall < -40.0f ? splat(-40.0f) : fall;
+    const VecInt sign = (VecInt)x & (int32_t)0x80000000;
+    const Vec size = (Vec)((VecInt)x ^ sign);
     Vec power;
-    const Vec rest = exp_parts(fall, power);
+    const Vec rest = exp_parts(-2.0f * at_most(size, splat(20.0f)), power);
     const Vec minus = rest + (power - 1.0f);  // exp(-2 |x|) - 1 without cancellation
-    const Vec size = -minus * reciprocal(2.0f + minus);
-    return x < 0.0f ? -size : size;
+    return (Vec)((VecInt)(-minus * reciprocal(2.0f + minus)) | sign);
 }

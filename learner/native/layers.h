@@ -76,8 +76,7 @@ inline void softmax_classes(const float *logits, float *soft, int64_t classes, i
     each(variables, [&](int64_t s, auto lanes) {
         Vec most = load(logits + s, lanes);
         for (int64_t c = 1; c < classes; c++) {
-            const Vec x = load(logits + c * variables + s, lanes);
-            most = most > x ? most : x;
+            most = at_least(load(logits + c * variables + s, lanes), most);
         }
         Vec total = {};
         for (int64_t c = 0; c < classes; c++) {
@@ -158,8 +157,7 @@ inline float two_hot_mean(const float *logits, const float *positions, int64_t b
     Vec mosts = splat(logits[0]);
     each(half, [&](int64_t i, auto lanes) {
         const Vec upper = load(logits + 1 + i, lanes), lower = load(logits + 1 + half + i, lanes);
-        const Vec most = upper > lower ? upper : lower;
-        mosts = take(mosts > most ? mosts : most, mosts, lanes);
+        mosts = take(at_least(at_least(upper, lower), mosts), mosts, lanes);
     });
     const float most = largest(mosts);
     Vec totals = {}, means = {};

@@ -38,8 +38,7 @@ inline float two_hot_loss(float *logits, int64_t bins, const TwoHotCode *codes, 
                           float factor) {
     Vec mosts = splat(logits[0]);
     each(bins, [&](int64_t i, auto lanes) {
-        const Vec x = load(logits + i, lanes);
-        mosts = take(mosts > x ? mosts : x, mosts, lanes);
+        mosts = take(at_least(load(logits + i, lanes), mosts), mosts, lanes);
     });
     const float most = largest(mosts);
     float weight = 0.0f, aimed = 0.0f;

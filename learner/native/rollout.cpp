@@ -259,7 +259,8 @@ REGION rollout_backward(const Rollout *args, const RolloutGrads *grads) {
             if (which < 0) return sum_rows(columns[-1 - which], rows, j);
             Scratch space;
             const Product &p = products[which];
-            cross_panel(rows, p.a, p.a_step, p.m, p.b, p.b_step, p.n, j, p.c, p.n, space.take(rows * PANEL));
+            cross(rows, p.a, p.a_step, p.m, p.b + j, p.b_step, std::min<int64_t>(PANEL, p.n - j), p.c + j, p.n,
+                  space.take(rows * PANEL));
         }) ? DONE : NO_MEMORY;
     } catch (const std::bad_alloc &) {
         return NO_MEMORY;
