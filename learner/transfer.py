@@ -98,7 +98,7 @@ class CudaUpload:
     def __call__(self, arrays: Mapping[str, NDArray[np.generic]]) -> Tensors:
         main = torch.cuda.current_stream(self._device)
         # Whatever reads the batch before this one has been launched by now.
-        self._slots[(self._calls - 1) % SLOTS].read = main.record_event()
+        self._slots[(self._calls - 1) % SLOTS].read.record(main)
         slot = self._slots[self._calls % SLOTS]
         self._calls += 1
         if not slot.fits(arrays):
@@ -108,8 +108,7 @@ class CudaUpload:
         if slot.arrived is not None:
             slot.arrived.synchronize()  # two calls ago: its page-locked buffers are free again
         with torch.cuda.stream(self._stream):
-            if slot.read is not None:
-                self._stream.wait_event(slot.read)
+            self._stream.wait_event(slot.read)  # passes where none was recorded yet
             for name, array in arrays.items():
                 slot.device[name].copy_(slot.source(name, array), non_blocking=True)
             slot.arrived = torch.cuda.Event(blocking=True)
@@ -129,7 +128,7 @@ class _Slot:
     def __init__(self) -> None:
         self.host: Tensors = {}
         self.device: Tensors = {}
-        self.read: torch.cuda.Event | None = None  # the device is done with `device`
+        self.read = torch.cuda.Event()  # the device is done with `device`
         self.arrived: torch.cuda.Event | None = None  # the device is done with `host`
 
     def fits(self, arrays: Mapping[str, NDArray[np.generic]]) -> bool:

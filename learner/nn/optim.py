@@ -73,6 +73,11 @@ def check_arrays(
             )
 
 
+def tensor_norms(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor, [tensors]; on GPUs a few launches however many there are."""
+    return torch.stack(torch._foreach_norm(tensors))  # type: ignore[reportPrivateImportUsage]
+
+
 class Applied(NamedTuple):
     """What one optimiser step did, on the device: nothing here was waited for."""
 
@@ -125,7 +130,7 @@ class LaProp:
         A skipped step leaves weights, moments and counter as they were.
         """
         flat, grads = self.parameters, self.parameters.grads
-        norms = torch.stack(torch._foreach_norm(self._grad_views))  # [tensors]
+        norms = tensor_norms(self._grad_views)
         grad_norm = torch.linalg.vector_norm(norms)
         finite = torch.isfinite(grad_norm if loss is None else grad_norm + loss)
         rate = self._rate(self._applied)
@@ -133,7 +138,7 @@ class LaProp:
         # A skipped first step divides by the correction of the step it would have been.
         count = self._applied.clamp_min(1.0)
         if self.agc:
-            sizes = torch.stack(torch._foreach_norm(self._value_views))
+            sizes = tensor_norms(self._value_views)
             factor = 1.0 / (norms / (self.agc * sizes.clamp_min(self.agc_floor))).clamp_min(1.0)
             grads.mul_(factor.repeat_interleave(self._sizes, output_size=flat.count))
         # Zero gradients at zero rates keep all bits; a factor of zero alone would keep a NaN.
