@@ -11,6 +11,7 @@ Letters: B batch, T time, D deter, S variables, C classes, Z = C*S, U hidden uni
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,18 @@ class CoreOut(NamedTuple):
     gates: Tensor  # [G, B, 3d], before the nonlinearities: reset, candidate, update
 
 
+class Observed(NamedTuple):
+    """One step of the forward loop: the new state, and what the backward loop wants."""
+
+    deter: Tensor  # [B, D]
+    stoch: Tensor  # [B, C, S], sampled
+    soft: Tensor  # [B, C, S], before uniform mixing
+    embedded: Tensor  # [B, 2, U]
+    hidden: Tensor  # [B, D]
+    gates: Tensor  # [G, B, 3d]
+    read: Tensor  # [B, U], hidden layer of the posterior
+
+
 class PosteriorOut(NamedTuple):
     """Softmax of the posterior logits and the hidden layer before its norm."""
 
@@ -88,6 +101,24 @@ def posterior_step(deter: Tensor, projected: Tensor, w: PosteriorWeights, stoch:
     return PosteriorOut(torch.softmax(logits.float().view(deter.shape[0], -1, stoch), -2), hidden)
 
 
+def observe_step(
+    deter: Tensor,
+    stoch: Tensor,
+    drive: Tensor,
+    projected: Tensor,
+    keep: Tensor,
+    uniform: Tensor,
+    core: CoreWeights,
+    posterior: PosteriorWeights,
+    unimix: float,
+) -> Observed:
+    """One step of the forward loop; arguments as of `posterior_rollout`, without their time axis."""
+    out = core_step(deter * keep, stoch * keep, drive, core)
+    read = posterior_step(out.deter, projected, posterior, uniform.shape[-1])
+    sample = sample_one_hot(read.soft, uniform, unimix)
+    return Observed(out.deter, sample, read.soft, out.embedded, out.hidden, out.gates, read.hidden)
+
+
 def reference_rollout(
     deter: Tensor,
     stoch: Tensor,
@@ -112,6 +143,15 @@ def reference_rollout(
     return torch.stack(deters), torch.stack(probs), torch.stack(stochs)
 
 
+ChooseSteps = Callable[..., Callable[..., tuple[Tensor, ...]]]
+"""(a loop body, arguments it will be called with) -> what to call."""
+
+
+def as_it_is(body: Callable[..., tuple[Tensor, ...]], *args: Any) -> Callable[..., tuple[Tensor, ...]]:
+    del args
+    return body
+
+
 def posterior_rollout(
     deter: Tensor,
     stoch: Tensor,
@@ -122,62 +162,55 @@ def posterior_rollout(
     core: CoreWeights,
     posterior: PosteriorWeights,
     unimix: float,
+    choose: ChooseSteps = as_it_is,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Filter T rows: (deter [T, B, D], mixed probs [T, B, C, S], sampled stoch [T, B, C, S]).
 
     deter [B, D] and stoch [B, Z] precede row 0 and get no gradient; drive [T, B, D]; projected [T, B, U];
     keep [T, B, 1] is 0 where the state is forgotten; uniform [T, B, S]. The gradient of a sample is that
-    of its probabilities (straight-through).
+    of its probabilities (straight-through). `choose` is asked once per loop for the body to use.
     """
-    return _Rollout.apply(deter, stoch, drive, projected, keep, uniform, unimix, *core, *posterior)  # type: ignore[return-value]
-
-
-class _Saved(NamedTuple):
-    """What the forward pass keeps, [T, B, ...] each."""
-
-    deter: Tensor
-    stoch: Tensor
-    soft: Tensor
-    embedded: Tensor
-    hidden: Tensor
-    gates: Tensor  # [T, G, B, 3d]
-    read: Tensor  # [T, B, U], hidden layer of the posterior
+    state = (deter, stoch, drive, projected, keep, uniform)
+    return _Rollout.apply(choose, unimix, *state, *core, *posterior)  # type: ignore[return-value]
 
 
 class _Rollout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        deter, stoch, drive, projected, keep, uniform, unimix = args[:7]
-        core, posterior = CoreWeights(*args[7:17]), PosteriorWeights(*args[17:])
+        choose, unimix, deter, stoch, drive, projected, keep, uniform = args[:8]
+        core, posterior = CoreWeights(*args[8:18]), PosteriorWeights(*args[18:])
         kept: list[tuple[Tensor, ...]] = []
         before = (deter, stoch)
+
+        def inputs(t: int) -> tuple[Any, ...]:
+            rows = (drive[t], projected[t], keep[t], uniform[t])
+            return (deter, stoch, *rows, core, posterior, unimix)
+
+        step = choose(observe_step, *inputs(0))
         for t in range(drive.shape[0]):
-            out = core_step(deter * keep[t], stoch * keep[t], drive[t], core)
-            deter = out.deter
-            read = posterior_step(deter, projected[t], posterior, uniform.shape[-1])
-            sample = sample_one_hot(read.soft, uniform[t], unimix)
-            stoch = sample.flatten(1)
-            kept.append((deter, sample, read.soft, out.embedded, out.hidden, out.gates, read.hidden))
-        saved = _Saved(*(torch.stack(parts) for parts in zip(*kept, strict=True)))
-        ctx.unimix = unimix
+            kept.append(step(*inputs(t)))
+            deter, stoch = kept[-1][0], kept[-1][1].flatten(1)
+        saved = Observed(*(torch.stack(parts) for parts in zip(*kept, strict=True)))
+        ctx.unimix, ctx.choose = unimix, choose
         ctx.save_for_backward(*before, keep, *saved, *core, *posterior)
         return saved.deter, mix(saved.soft, unimix), saved.stoch
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
-        (deter, stoch, keep), saved = tensors[:3], _Saved(*tensors[3:10])
+        (deter, stoch, keep), saved = tensors[:3], Observed(*tensors[3:10])  # [T, B, ...]
         core, posterior = CoreWeights(*tensors[10:20]), PosteriorWeights(*tensors[20:])
         # Inputs of every step, masked where an episode begins.
         deter = torch.cat([deter.unsqueeze(0), saved.deter[:-1]]) * keep  # [T, B, D]
         stoch = torch.cat([stoch.unsqueeze(0), saved.stoch[:-1].flatten(2)]) * keep  # [T, B, Z]
-        rows = _backward_loop(deter, keep, saved, core, posterior, ctx.unimix, grads)
+        rows = _backward_loop(deter, keep, saved, core, posterior, ctx.unimix, grads, ctx.choose)
         return (
+            None,
+            None,
             None,
             None,
             rows.hidden,
             rows.read,
-            None,
             None,
             None,
             *_weight_grads(rows, deter, stoch, saved, core),
@@ -213,20 +246,81 @@ def _gate_grads(deter: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     return slopes, (1.0 - update).transpose(1, 2).reshape(deter.shape)
 
 
-def _norm_back(grad: Tensor, norm: NormGrad, t: int) -> Tensor:
-    """Gradient before norm and SiLU of step t from that after them."""
-    scaled = grad * norm.gain[t]
-    return torch.addcmul(scaled, norm.unit[t], (scaled * norm.unit[t]).mean(-1, keepdim=True), value=-1.0)
+class Undo(NamedTuple):
+    """Norm and SiLU of one layer and step, as the way back reads them."""
+
+    unit: Tensor
+    gain: Tensor
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        """Gradient before norm and SiLU from that after them."""
+        scaled = grad * self.gain
+        return torch.addcmul(scaled, self.unit, (scaled * self.unit).mean(-1, keepdim=True), value=-1.0)
+
+
+class Passed(NamedTuple):
+    """What one step of the backward loop finds: values of its own step, and gradients of the step before."""
+
+    soft: Tensor  # [B, C, S]
+    slopes: Tensor  # [G, B, 3, d]
+    keeps_old: Tensor  # [B, D]
+    keep: Tensor  # [B, 1]
+    read: Undo  # [B, U]
+    hidden: Undo  # [B, D]
+    embedded: Undo  # [B, 2, U]
+    by_deter: Tensor  # [B, D], from outside on the state one step before
+    by_probs: Tensor  # [B, C, S], likewise
+
+
+class BackWeights(NamedTuple):
+    """Weights as the way back reads them."""
+
+    logits: Tensor  # [Z, U]
+    read_deter: Tensor  # [U, D]
+    gates: Tensor  # [G, 3d, d]
+    own: Tensor  # [G, d, d]
+    shared: Tensor  # [D, 2U]
+    deter_in: Tensor  # [U, D]
+    stoch_in: Tensor  # [U, Z]
+
+
+def retreat_step(
+    grad_deter: Tensor, grad_probs: Tensor, passed: Passed, w: BackWeights, unimix: float
+) -> tuple[Tensor, ...]:
+    """One step of the backward loop, from the gradients of the state [B, D] and probabilities [B, C, S].
+
+    The first eight tensors are those of `_Rows`, in order; then the same two gradients one step before.
+    """
+    batch, blocks = grad_deter.shape[0], w.own.shape[0]
+    weighted = grad_probs * passed.soft  # [B, C, S]
+    logits = torch.addcmul(weighted, passed.soft, weighted.sum(-2, keepdim=True), value=-1.0).flatten(1)
+    read_x = logits @ w.logits  # [B, U]
+    read_a = passed.read(read_x)
+    grad_deter = torch.addmm(grad_deter, read_a, w.read_deter)  # [B, D]
+    blocked = grad_deter.view(batch, blocks, 1, -1).transpose(0, 1)  # [G, B, 1, d]
+    gates = (blocked * passed.slopes).flatten(-2)  # [G, B, 3d]
+    hidden_x = torch.bmm(gates, w.gates).transpose(0, 1).reshape(batch, -1)  # [B, D]
+    hidden_a = passed.hidden(hidden_x)
+    embedded_x = (hidden_a @ w.shared).view(batch, 2, -1)  # [B, 2, U]
+    embedded_a = passed.embedded(embedded_x)
+    own = torch.bmm(hidden_a.view(batch, blocks, -1).transpose(0, 1), w.own).transpose(0, 1)
+    through = torch.addcmul(own.reshape(batch, -1), grad_deter, passed.keeps_old)
+    through = torch.addmm(through, embedded_a[:, 0], w.deter_in)
+    before = torch.addcmul(passed.by_deter, through, passed.keep)
+    sampled = (embedded_a[:, 1] @ w.stoch_in) * (passed.keep * (1.0 - unimix))
+    probs = passed.by_probs + sampled.view_as(passed.by_probs)
+    return logits, read_a, gates, hidden_a, embedded_a, read_x, hidden_x, embedded_x, before, probs
 
 
 def _backward_loop(
     deter: Tensor,
     keep: Tensor,
-    saved: _Saved,
+    saved: Observed,
     core: CoreWeights,
     posterior: PosteriorWeights,
     unimix: float,
     grads: tuple[Any, ...],
+    choose: ChooseSteps,
 ) -> _Rows:
     """Carry the state's gradient from the last step to the first; grads are those of the three outputs."""
     by_deter, by_probs, by_stoch = grads
@@ -234,37 +328,43 @@ def _backward_loop(
     read, hidden = NormGrad.of(saved.read, posterior.scale), NormGrad.of(saved.hidden, core.scale)
     embedded = NormGrad.of(saved.embedded, core.in_scale)
     slopes, keeps_old = _gate_grads(deter, saved.gates)
-    batch, blocks = deter.shape[1], core.own.shape[0]
-    gates_back, own_back = core.gates.transpose(1, 2), core.own.transpose(1, 2)
-    shared_back = core.shared.t()
+    weights = BackWeights(
+        logits=posterior.logits,
+        read_deter=posterior.deter_in,
+        gates=core.gates.transpose(1, 2),
+        own=core.own.transpose(1, 2),
+        shared=core.shared.t(),
+        deter_in=core.deter_in,
+        stoch_in=core.stoch_in,
+    )
+
+    def passed(t: int) -> Passed:
+        before = max(t - 1, 0)  # what the first row hands on is not used
+        return Passed(
+            soft=saved.soft[t],
+            slopes=slopes[t],
+            keeps_old=keeps_old[t],
+            keep=keep[t],
+            read=Undo(read.unit[t], read.gain[t]),
+            hidden=Undo(hidden.unit[t], hidden.gain[t]),
+            embedded=Undo(embedded.unit[t], embedded.gain[t]),
+            by_deter=by_deter[before],
+            by_probs=outer[before],
+        )
+
     grad_deter, grad_probs = by_deter[-1], outer[-1]
     kept: list[tuple[Tensor, ...]] = []
-    for t in reversed(range(deter.shape[0])):
-        weighted = grad_probs * saved.soft[t]  # [B, C, S]
-        logits = torch.addcmul(weighted, saved.soft[t], weighted.sum(-2, keepdim=True), value=-1.0).flatten(1)
-        read_x = logits @ posterior.logits  # [B, U]
-        read_a = _norm_back(read_x, read, t)
-        grad_deter = torch.addmm(grad_deter, read_a, posterior.deter_in)  # [B, D]
-        blocked = grad_deter.view(batch, blocks, 1, -1).transpose(0, 1)  # [G, B, 1, d]
-        gates = (blocked * slopes[t]).flatten(-2)  # [G, B, 3d]
-        hidden_x = torch.bmm(gates, gates_back).transpose(0, 1).reshape(batch, -1)  # [B, D]
-        hidden_a = _norm_back(hidden_x, hidden, t)
-        embedded_x = (hidden_a @ shared_back).view(batch, 2, -1)  # [B, 2, U]
-        embedded_a = _norm_back(embedded_x, embedded, t)
-        own = torch.bmm(hidden_a.view(batch, blocks, -1).transpose(0, 1), own_back).transpose(0, 1)
-        kept.append((logits, read_a, gates, hidden_a, embedded_a, read_x, hidden_x, embedded_x))
-        if t:
-            through = torch.addcmul(own.reshape(batch, -1), grad_deter, keeps_old[t])
-            through = torch.addmm(through, embedded_a[:, 0], core.deter_in)
-            grad_deter = torch.addcmul(by_deter[t - 1], through, keep[t])
-            sampled = (embedded_a[:, 1] @ core.stoch_in) * (keep[t] * (1.0 - unimix))
-            grad_probs = outer[t - 1] + sampled.view_as(outer[t - 1])
+    last = deter.shape[0] - 1
+    step = choose(retreat_step, grad_deter, grad_probs, passed(last), weights, unimix)
+    for t in range(last, -1, -1):
+        *rows, grad_deter, grad_probs = step(grad_deter, grad_probs, passed(t), weights, unimix)
+        kept.append(tuple(rows))
     stacked = [torch.stack(parts[::-1]) for parts in zip(*kept, strict=True)]
     return _Rows._make([*stacked, read, hidden, embedded])
 
 
 def _weight_grads(
-    rows: _Rows, deter: Tensor, stoch: Tensor, saved: _Saved, core: CoreWeights
+    rows: _Rows, deter: Tensor, stoch: Tensor, saved: Observed, core: CoreWeights
 ) -> tuple[Tensor, ...]:
     """Gradients in the order of CoreWeights and PosteriorWeights, one product over all T*B rows each."""
     blocks = core.own.shape[0]

@@ -11,6 +11,7 @@ d = D / G, A action width, E token width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -144,6 +145,7 @@ class RSSM(nn.Module):
     def __init__(self, sizes: RSSMSizes, action: int, tokens: int, *, acting: bool = False) -> None:
         super().__init__()
         self.sizes = sizes
+        self.rollout: Callable[..., tuple[Tensor, Tensor, Tensor]] = posterior_rollout
         self.core = Core(sizes, action)
         self.posterior = Posterior(sizes, tokens)
         if not acting:
@@ -168,7 +170,7 @@ class RSSM(nn.Module):
         """
         keep = (~is_first).t().unsqueeze(-1).float()  # [T, B, 1]
         core, driver = self.core.weights()
-        deter, probs, stoch = posterior_rollout(
+        deter, probs, stoch = self.rollout(
             carry["deter"],
             carry["stoch"].flatten(1),
             self.core.drive(prev_action.transpose(0, 1) * keep, driver),
