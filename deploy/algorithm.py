@@ -154,7 +154,8 @@ class Dreamfleet(Algorithm):
         run, _ = config.resolve()
         values = run.model_dump(mode="json")
         gpus = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
-        learner = {k: v for k, v in role_resources("learner", values, gpus).items() if v}
+        rank = role_resources("learner", values, gpus)
+        learner = {k: v * run.learner.ranks for k, v in rank.items() if v}
         actors = [role_resources("actor", values, gpus) for _ in range(run.actors.count)]
         return PlacementGroupFactory([learner, *actors])
 

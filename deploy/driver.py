@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.fleet import Fleet, RoleStatus
-from deploy.rank_group import Mourning, broken, culprit, meeting_place, rank_keys
+from deploy.rank_group import Mourning, culprit, end_of, meeting_place, rank_keys
 from deploy.roles import RoleSpec
 from deploy.run_config import RunConfig
 from deploy.run_dir import RunDirectory
@@ -218,7 +218,7 @@ class Driver:
                 role, index = key.rsplit("-", 1)
                 self._launch(role, int(index))
             return
-        if not broken(status, self.config.silent_seconds):
+        if not end_of(status, self.config.silent_seconds):
             return
         if status.state != "failed":
             self.fleet.kill(key)
@@ -232,7 +232,7 @@ class Driver:
                 del self._relaunch_at[key]
                 self._launch_ranks()
             return
-        lost = {rank: word for rank, word in statuses.items() if broken(word, self.config.silent_seconds)}
+        lost = {rank: word for rank, word in statuses.items() if end_of(word, self.config.silent_seconds)}
         if not lost or (key not in lost and self._mourning.goes_on(statuses[key], time.monotonic())):
             return
         guilty = culprit(lost, FATAL_EXIT_CODES)
@@ -256,7 +256,7 @@ class Driver:
         self._restart_total += 1
         self._restarts_new[key.rsplit("-", 1)[0]] += 1
         self._relaunch_at[key] = now + delay
-        reason = status.error if status.state == "failed" else f"silent for {status.age:.0f} s"
+        reason = end_of(status, self.config.silent_seconds)
         log.warning("role lost", extra={"role": guilty, "reason": reason, "delay": delay})
         self._note_end("role lost", guilty, status, reason=reason, restart_in=delay)
 

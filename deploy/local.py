@@ -19,12 +19,15 @@ from typing import Any
 import psutil
 
 from deploy.fleet import RoleStatus
+from deploy.offers import OfferedRole
 from deploy.roles import RoleSpec
 from deploy.run_dir import written
 
 log = logging.getLogger(__name__)
 LINGER_SECONDS = 5.0
 LOG_TAIL_BYTES = 4000
+MODULES = frozenset({"deploy.role_process", "deploy.torchrun"})
+"""What roles of a run look like in a process list."""
 LEFTOVER_SECONDS = 10.0
 """Roles whose driver was killed may take this long to write their checkpoint; their peers are gone too."""
 
@@ -38,7 +41,8 @@ def leftovers(run_dir: Path) -> list[psutil.Process]:
             process = psutil.Process(int(record["pid"]))
             with process.oneshot():
                 # A process that began after it wrote is another one with its number.
-                if "deploy.role_process" in process.cmdline() and process.create_time() < record["time"]:
+                ours = MODULES.intersection(process.cmdline())
+                if ours and process.create_time() < record["time"]:
                     found.append(process)
         except (ValueError, KeyError, TypeError, psutil.Error):
             continue
@@ -69,7 +73,7 @@ class LocalFleet:
         """Adopt the run directory: what an earlier driver left running is ended first."""
         self._run_dir = run_dir
         end_leftovers(run_dir)
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._children: dict[str, subprocess.Popen[bytes] | OfferedRole] = {}
         self._launched: dict[str, float] = {}
 
     def launch(self, spec: RoleSpec) -> None:
@@ -77,6 +81,13 @@ class LocalFleet:
         if spec.key in self._children:
             self.stop(spec.key, LINGER_SECONDS)
         (self._run_dir / "status" / f"{spec.key}.json").unlink(missing_ok=True)
+        self._launched[spec.key] = time.time()
+        if spec.role == "learner" and spec.config["learner"]["launch"] == "torchrun":
+            self._children[spec.key] = OfferedRole(self._run_dir, spec)
+        else:
+            self._children[spec.key] = self._spawn(spec)
+
+    def _spawn(self, spec: RoleSpec) -> subprocess.Popen[bytes]:
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads(spec)), "PYTHONUNBUFFERED": "1"}
         root = str(Path(__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
@@ -94,8 +105,7 @@ class LocalFleet:
             child.stdin.close()
         except BrokenPipeError:
             pass  # it died at once; statuses() tells with its log
-        self._children[spec.key] = child
-        self._launched[spec.key] = time.time()
+        return child
 
     @staticmethod
     def _threads(spec: RoleSpec) -> int:

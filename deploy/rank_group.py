@@ -29,12 +29,12 @@ def rank_keys(ranks: int) -> list[str]:
 
 
 def meeting_place(ranks: int) -> dict[str, Any]:
-    """What the specs of one life of the group have in common; empty for a single rank, which meets nobody.
+    """What the specs of one life of the group have in common. A single rank meets nobody.
 
     The port is free now. Whoever takes it meanwhile makes rank 0 fail, and the group is launched anew.
     """
     if ranks == 1:
-        return {}
+        return {"driver": os.getpid()}
     with socket.create_server((LOOPBACK, 0)) as probe:
         port = probe.getsockname()[1]
     return {
@@ -46,10 +46,13 @@ def meeting_place(ranks: int) -> dict[str, Any]:
     }
 
 
-def broken(status: RoleStatus, silent_seconds: float) -> bool:
-    """Whether a role failed, or has said nothing for too long."""
-    silent = status.state in ("starting", "running") and status.age > silent_seconds
-    return status.state == "failed" or silent
+def end_of(status: RoleStatus, silent_seconds: float) -> str:
+    """Why a role that should work does not; empty when it does."""
+    if status.state == "failed":
+        return status.error or "no message"
+    if status.state == "stopped":
+        return "stopped by somebody else"
+    return f"silent for {status.age:.0f} s" if status.age > silent_seconds else ""
 
 
 def culprit(broken: Mapping[str, RoleStatus], fatal: Collection[int]) -> str:

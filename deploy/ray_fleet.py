@@ -45,7 +45,7 @@ LEARNER_CPUS = 0.5
 
 
 def role_resources(role: str, config: Mapping[str, Any], gpus: float) -> dict[str, float]:
-    """CPUs and GPUs that Ray books for one role; services are light and book nothing.
+    """CPUs and GPUs that Ray books for one role, or one learner rank; services are light and book nothing.
 
     `gpus`: how many Ray knows of where the learner would run; device `auto` takes one if there is one.
     """
@@ -182,11 +182,14 @@ class RayFleet:
             return {}  # the trial's own process booked the learner's share: see Dreamfleet
         here = next(node for node in ray.nodes() if node["NodeID"] == self._node)["Resources"]
         booked = role_resources(spec.role, spec.config, float(here.get("GPU", 0.0)))
+        ranks = int(spec.config["learner"]["ranks"])
         for resource in ("CPU", "GPU") if spec.role == "learner" else ():
-            if (needed := booked[resource]) > (found := float(here.get(resource, 0.0))):
+            needed = ranks * booked[resource]
+            if needed > (found := float(here.get(resource, 0.0))):
                 raise PreflightError(
-                    f"the learner (device {spec.config['learner']['device']}) needs {needed:g} {resource} on "
-                    f"the driver's node, and Ray has {found:g} there; start the driver on a node that has it"
+                    f"the learner ({ranks} ranks, device {spec.config['learner']['device']}) needs "
+                    f"{needed:g} {resource} on the driver's node, and Ray has {found:g} there; start the "
+                    "driver on a node that has it, or lower learner.ranks"
                 )
         return booked
 
@@ -301,14 +304,18 @@ class RayFleet:
         if life.actor is None:
             return
         ray.kill(life.actor, no_restart=True)
-        deadline = time.monotonic() + EXIT_SECONDS
-        while not life.lost and time.monotonic() < deadline:
+        begun = time.monotonic()
+        here = life.record.get("node") == self._node
+        while not life.lost and time.monotonic() - begun < EXIT_SECONDS:
             life.asked = life.asked or life.actor.status.remote()
             self._hear([life], POLL_SECONDS)
+            if here and time.monotonic() - begun > GRACE_SECONDS:  # stopped, it cannot even be told to end
+                _end_process(int(life.record["pid"]), 0.0)
+                here = False
         if not life.ended:
             life.lost = f"killed; Ray did not confirm its end within {EXIT_SECONDS:.0f} s"
-        if life.record.get("node") == self._node:
-            _end_process(int(life.record["pid"]))
+        if here:
+            _end_process(int(life.record["pid"]), GRACE_SECONDS)
         life.actor = life.asked = None
 
     def close(self) -> None:
@@ -325,14 +332,14 @@ class RayFleet:
         self._joined = False
 
 
-def _end_process(pid: int) -> None:
+def _end_process(pid: int, grace: float) -> None:
     """Kill a role's process of this node that does not end by itself: Ray asks it to, and no more."""
     try:
         process = psutil.Process(pid)
         if not any(word.startswith(f"ray::{RayRole.__name__}") for word in process.cmdline()):
             return  # the number has gone to somebody else
         try:
-            process.wait(GRACE_SECONDS)
+            process.wait(grace)
         except psutil.TimeoutExpired:
             log.warning("role killed", extra={"pid": pid})
             process.kill()

@@ -47,7 +47,7 @@ class Reporter:
         self._keep({**self._base, "state": state, "time": time.time(), "payload": self.payload, **fields})
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Ask Linux to send SIGTERM when the parent dies, and watch for it elsewhere."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -97,7 +97,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
     log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s %(message)s")
     spec = RoleSpec.from_json(sys.stdin.read())
-    _die_with_parent(parent)
+    die_with_parent(parent)
     path = Path(spec.run_dir) / "status" / f"{spec.key}.json"
     reporter = Reporter(spec, lambda record: write_atomic(path, json.dumps(record, default=float)))
     code = run(spec, stop, reporter)

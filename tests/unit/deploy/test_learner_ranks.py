@@ -158,7 +158,17 @@ def test_mourning_ends_however_well_rank_zero_seems():
 
 
 def test_single_rank_meets_nobody():
-    assert meeting_place(1) == {}
+    assert meeting_place(1).keys() == {"driver"}
+
+
+def test_learner_that_somebody_else_stopped_is_launched_again(driver, fleet):
+    for rank in range(2):
+        fleet.words[f"learner-{rank}"] = RoleStatus(state="stopped", age=0.0)
+    driver.step(0.0)
+    relaunch(driver)
+    assert [len(fleet.lives(f"learner-{rank}")) for rank in range(2)] == [2, 2]
+    lost = [e for e in driver.run_dir.events() if e["event"] == "role lost"]
+    assert lost[0]["reason"] == "stopped by somebody else"
 
 
 def test_batch_that_cannot_be_shared_is_refused_with_what_could():
