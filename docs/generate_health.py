@@ -32,7 +32,7 @@ SETTINGS = """## Settings
 
 All are under `learner.health`, for example `--set learner.health.entropy_low=0.001`. An alarm is raised when
 its limit was broken `patience` updates in a row, and cleared when the value was better than the limit by
-`margin` for as long; `nonfinite` is raised by the first such update. What a family does not report is not
+`margin` for as long; `nonfinite` and `learning_rate` are raised at once. What a family does not report is not
 judged.
 
 | setting | default | meaning |

@@ -17,7 +17,7 @@ from learner.health.readings import RULES, TINY, Look, Reading, above
 from learner.health.settings import HealthSettings
 
 AT_ONCE = frozenset({"learning_rate"})
-"""Judged from the first update on: what is wrong there was wrong before."""
+"""Judged from the first update on, and raised without patience: it follows from settings, not from luck."""
 SLOW = frozenset({"entropy_maximum", "return_flat"})
 RATIO_PATIENCE = 10
 """Books are read while others write them; a window of rows needs no more patience than that."""
@@ -139,6 +139,8 @@ class HealthMonitor:
             self._lr, self._lr_still = lr, 0 if grown else self._lr_still + 1
 
     def _patience(self, name: str) -> int:
+        if name in AT_ONCE and name not in self._raised:
+            return 1
         return self.settings.long_patience if name in SLOW else self.settings.patience
 
     def _judge(self, name: str, reading: Reading | None, patience: int) -> list[HealthEvent]:

@@ -9,6 +9,7 @@ from bench.drill import TOY, Drill
 from deploy.audit import audit_run
 from deploy.evaluate import evaluate_run
 from deploy.run_dir import json_lines
+from deploy.status import run_status
 from deploy.world_model import evaluate_world_model
 from learner.checkpoint import CheckpointStore
 
@@ -50,6 +51,10 @@ def test_run_killed_as_a_whole_is_finished_by_the_same_command(tmp_path: Path) -
             assert (run.run_dir.path / name).stat().st_size > 0
         assert "evaluation return" in run.output.read_text()
         assert len(list(json_lines(run.run_dir.metrics / "episodes.jsonl"))) > 50
+        # A warmup of 100 updates in a run of 190 is an alarm, and the only one of a sound run.
+        assert [alarm["alarm"] for alarm in summary["alarms"]] == ["learning_rate"]
+        assert [alarm.alarm for alarm in run_status(run.run_dir.path).alarms] == ["learning_rate"]
+        assert " learning_rate since update " in run.output.read_text()
         again = evaluate_run(run.run_dir.path, 2)
         assert again.mean == summary["evaluation_return"]
         assert again.env_steps == held["inserted"]

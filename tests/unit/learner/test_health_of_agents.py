@@ -173,9 +173,9 @@ def test_policy_without_entropy_bonus_collapses(tmp_path: Path) -> None:
 
 
 def test_warmup_longer_than_the_run_is_told_at_once(tmp_path: Path) -> None:
-    raised = Watched(tmp_path, {"warmup": 1000}, planned=100.0).train(12)
+    raised = Watched(tmp_path, {"warmup": 1000}, planned=100.0).train(4)
     assert set(raised) == {"learning_rate"}
-    assert raised["learning_rate"].update == 10
+    assert raised["learning_rate"].update == 1
     assert raised["learning_rate"].raised.detail == "warmup of 1000 updates, 100 are planned"
 
 
@@ -233,12 +233,12 @@ def test_module_whose_loss_overflows_is_told_from_one_whose_gradient_does(tmp_pa
 
 def test_resumed_learner_keeps_alarms_and_averages(tmp_path: Path) -> None:
     first = Watched(tmp_path, {"warmup": 1000}, planned=100.0)
-    assert set(first.train(12)) == {"learning_rate"}
+    assert set(first.train(4)) == {"learning_rate"}
     again = Watched(tmp_path, {"warmup": 1000}, planned=100.0)
     assert [raised.alarm for raised in again.watch.active] == ["learning_rate"]
-    assert again.watch.active[0].since_update == 10
+    assert again.watch.active[0].since_update == 1
     assert again.watch.state() == json.loads(json.dumps(first.watch.state()))
-    assert again.train(16) == {}, "what was told is not told again"
+    assert again.train(8) == {}, "what was told is not told again"
 
 
 def test_watching_changes_no_bit_of_the_training(tmp_path: Path) -> None:
