@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from learner.backends import choose_backend
 from learner.capture import GraphedStep, Recorder
 from learner.carrier_state import state_of, write_back_of
 from learner.families.dreamer.behavior import ActorCritic
@@ -68,6 +69,8 @@ class DreamerAgent:
         check_needs("actor-critic", self.behavior.needs, "dreamer", self.model.caps)
         self.model.row_error = priority_signal == "model"
         self.behavior.row_error = priority_signal == "value"
+        backend = choose_backend(config.backend, device, config.dtype)
+        self.model.rssm.rollout, self.behavior.backend = backend.rollout, backend
         self.module = nn.ModuleDict({"model": self.model, "behavior": self.behavior})
         initialise(self.module, torch.Generator().manual_seed(child_seed(seed, "weights")))
         self.behavior.slow.load_state_dict(self.behavior.critic.state_dict())

@@ -8,21 +8,21 @@ Letters: B batch, T time, K trailing rows used as starts, N = B*K, H horizon, A 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learner.backends import TORCH, Backend
 from learner.distributed import rank_count
 from learner.families.dreamer.config import DreamerConfig
 from learner.families.dreamer.world_model import DreamerWorldModel
 from learner.health.signals import value_signals
 from learner.interfaces import Capability, LossOut, Mode, Rollout, Tree
-from learner.nn.actor_critic import Factors, Targets, actor_critic
+from learner.nn.actor_critic import Factors, Targets
 from learner.nn.heads import BoundedNormalHead, DiscreteActionHead, TwoHotHead
 from learner.nn.imagine import HeadWeights, Imagined, Starts
-from learner.nn.imagine_rows import Traces, imagine
 from learner.nn.twohot import TwoHot
 from learner.returns import ReturnRange, imagination_weights, lambda_return
 from system.specs import ActionSpec
@@ -83,7 +83,8 @@ class ActorCritic(nn.Module):
         self.critic = TwoHotHead(feat, config.units, config.critic_layers, config.bins, 0.0)
         self.slow = TwoHotHead(feat, config.units, config.critic_layers, config.bins, 0.0)
         self.slow.requires_grad_(requires_grad=False)
-        self._kept: tuple[Imagined, Traces] | None = None
+        self.backend: Backend = TORCH
+        self._kept: tuple[Imagined, Any] | None = None  # what the backend's last imagination returned
         self.returns = ReturnRange(
             config.return_rate, config.return_low, config.return_high, config.return_floor
         )
@@ -196,7 +197,7 @@ class ActorCritic(nn.Module):
         heads = HeadWeights(self.actor.weights(), self.critic.weights(), self.slow.weights(), reward, cont)
         begin = Starts(starts["deter"], starts["stoch"], noise["action"], noise["stoch"])
         policy, bins = self.actor.distribution, self.critic.bins
-        imagined, traces = imagine(begin, dynamics, heads, policy, bins, self._room(begin))
+        imagined, traces = self.backend.imagine(begin, dynamics, heads, policy, bins, self._room(begin))
         self._kept = (imagined, traces)
         aims = self._aims(imagined.reward.t(), imagined.value.t(), imagined.cont.t(), tail, factor)
         targets = Targets(
@@ -208,7 +209,8 @@ class ActorCritic(nn.Module):
         )
         scales = self.scales
         factors = Factors(scales.policy, scales.value, scales.replay_value, self.entropy, self.slow_weight)
-        total, losses = actor_critic(feat, imagined, traces, targets, heads, policy, bins, factors)
+        given = (feat, imagined, traces, targets, heads, policy, bins, factors)
+        total, losses = self.backend.actor_critic(*given)
         return _Found(
             aims=aims,
             policy=losses.policy,
@@ -222,7 +224,7 @@ class ActorCritic(nn.Module):
             total=total,
         )
 
-    def _room(self, starts: Starts) -> tuple[Imagined, Traces] | None:
+    def _room(self, starts: Starts) -> tuple[Imagined, Any] | None:
         """What the last imagination returned, if one from `starts` fits into it."""
         if self._kept is None or starts.deter.is_cuda:
             return None

@@ -82,6 +82,8 @@ class DreamerConfig(BaseModel):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute type of matrix products; parameters, norms and losses stay float32. Official: bf16 on GPUs."""
 
+    backend: Literal["auto", "torch", "native"] = "auto"
+    """Who computes the hot regions. auto: a library compiled on first use, for fp32 on CPUs, else torch."""
     graph: Literal["auto", "off"] = "auto"
     """auto: on CUDA the whole update is captured once as a graph and replayed. Elsewhere it means nothing."""
 

@@ -90,10 +90,10 @@ def draw(env: EnvSpec, columns: dict[str, ArraySpec], seed: int, *, weighted: bo
     return Sequence(columns=out, ids=ids, context=1, weights=weights)
 
 
-def curve(case: str) -> dict[str, list[float]]:
+def curve(case: str, backend: str = "torch") -> dict[str, list[float]]:
     """All metrics of 20 updates on four batches in turn."""
     settings, env, weighted = CASES[case]
-    config = make_config("dreamer", settings)
+    config = make_config("dreamer", settings | {"backend": backend})
     agent = make_agent("dreamer", config, env, device="cpu", seed=7)
     with torch.no_grad():
         # Flat predictions over bins up to 5e8 turn one rounding into a value of 0.1: begin with peaked ones.

@@ -37,7 +37,8 @@ def arm_env() -> EnvSpec:
 
 
 def build(env: EnvSpec, recorder=None, *, late: bool = False, signal="none", **settings) -> DreamerAgent:
-    config = make_config("dreamer", TINY | {"warmup": 3} | settings)
+    # A tape records torch operations; compiled regions are none.
+    config = make_config("dreamer", TINY | {"warmup": 3, "backend": "torch"} | settings)
     return DreamerAgent(
         config,
         env,

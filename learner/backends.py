@@ -1,0 +1,63 @@
+"""Who computes the learner's hot regions: torch, or the compiled library on CPUs that have a compiler.
+
+Both give the same losses and gradients to rounding; a checkpoint moves between them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from learner.nn.actor_critic import actor_critic
+from learner.nn.bptt import posterior_rollout
+from learner.nn.imagine_rows import imagine
+from system.errors import PreflightError
+
+log = logging.getLogger(__name__)
+
+BackendSetting = Literal["auto", "torch", "native"]
+
+
+class Backend(NamedTuple):
+    """One implementation of the regions; contracts: `learner.nn.bptt`, `imagine` and `actor_critic`."""
+
+    name: str
+    rollout: Callable[..., Any]
+    imagine: Callable[..., Any]
+    actor_critic: Callable[..., Any]
+
+
+TORCH = Backend("torch", posterior_rollout, imagine, actor_critic)
+
+
+def choose_backend(setting: BackendSetting, device: torch.device, dtype: str) -> Backend:
+    """auto: native where it can be had, else torch. A named backend is never silently replaced.
+
+    Raises: PreflightError when native was asked for but cannot be had; it is for float32 on CPUs.
+    """
+    if setting == "torch":
+        return TORCH
+    fits = device.type == "cpu" and dtype == "fp32"
+    if fits:
+        from learner.native.library import absence, available
+
+        if available():
+            return _native()
+    if setting == "native":
+        cause = absence() if fits else f"it computes in fp32 on CPUs, not in {dtype} on {device.type}"
+        raise PreflightError(
+            f"learner backend native was asked for but cannot be had: {cause}; "
+            "set the backend to auto or torch"
+        )
+    return TORCH
+
+
+def _native() -> Backend:
+    from learner.native.actor_critic import actor_critic
+    from learner.native.imagine import imagine
+    from learner.native.rollout import posterior_rollout
+
+    return Backend("native", posterior_rollout, imagine, actor_critic)
