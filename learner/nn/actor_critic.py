@@ -2,7 +2,7 @@
 
 Nothing here is differentiated by autograd: the inputs are constants, so the gradient by the critic's logits
 is weight * (sum of targets * probs - targets), that by the policy's outputs a score, and a weight gradient a
-a product over rows that `imagine` has left activations of. Only replayed rows pass a gradient on, into their
+product over rows that `imagine` has left activations of. Only replayed rows pass a gradient on, into their
 features. `reference_actor_critic` is the same under autograd and the oracle of its tests.
 
 Letters: see `learner.nn.imagine`; besides r rows of one block, P = K + 1.
@@ -13,11 +13,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from learner.nn.action_distribution import ActionDistribution
 from learner.nn.imagine import Head, HeadWeights, Imagined, Layer, outputs
-from learner.nn.imagine_rows import Traces, paired, unpaired
+from learner.nn.imagine_plan import paired, unpaired
+from learner.nn.imagine_rows import LayerTrace, Traces
 from learner.nn.lanes import run_lanes
 from learner.nn.twohot import TwoHot, twohot
 
@@ -149,11 +151,8 @@ class _Rows(NamedTuple):
     feat: Tensor  # [H*N, F]
     action: Tensor  # [H*N, A]
     raw: Tensor  # [H*N, R]
-    layers: tuple[
-        tuple[tuple[str, ...], Tensor, Tensor, Tensor], ...
-    ]  # heads; unit, inverse, active [H*N, L, *]
+    layers: tuple[LayerTrace, ...]  # unit [H*N, l, U], inverse [H*N, l, 1]
     logits: Tensor  # [H*N, P]
-    probs: Tensor  # [H*N, P]
     advantage: Tensor  # [H*N]
     weight: Tensor  # [H*N]
     bin: Tensor  # [H*N, 4], of the targets
@@ -182,9 +181,8 @@ class _Rows(NamedTuple):
             flat(imagined.feat),
             flat(imagined.action),
             flat(imagined.raw),
-            tuple((t.heads, flat(t.unit), flat(t.inverse), flat(t.active)) for t in traces.layers),
+            tuple(LayerTrace(heads, flat(unit), flat(inverse)) for heads, unit, inverse in traces.layers),
             flat(traces.logits),
-            flat(traces.probs),
             flat(targets.advantage),
             flat(targets.weight),
             index,
@@ -241,14 +239,15 @@ class _Lane:
         rows = self.rows
         index = (rows.replay_bin if replay else rows.bin)[part]
         share = (rows.replay_share if replay else rows.share)[part]
-        logits, probs = rows.logits[part], rows.probs[part]
+        logits = rows.logits[part]
+        probs = torch.softmax(logits, -1)
         sums = share.sum(-1, keepdim=True)  # [r, 1]
         # The largest probability is at least 1 / K, so this logarithm cannot underflow.
         scale = logits.amax(-1) - probs.amax(-1).log_()
         loss = torch.dot(sums.squeeze(-1), scale) - (share * logits.gather(-1, index)).sum()
         self.losses[2 if replay else 1] += loss
         factor = self.factors.replay_value if replay else self.factors.value
-        return (probs * (sums * factor)).scatter_add_(-1, index, share * -factor)
+        return probs.mul_(sums * factor).scatter_add_(-1, index, share * -factor)
 
     def _actor(self, part: slice) -> Tensor:
         """Gradient by the policy's outputs [r, R]; adds the loss."""
@@ -269,21 +268,22 @@ class _Lane:
             for name, top in tops.items()
         }
         for level in reversed(range(len(self.rows.layers))):
-            heads, unit, inverse, active = self.rows.layers[level]
+            heads, unit, inverse = self.rows.layers[level]
             names = [name for name in tops if name in heads]
             if not names:
                 continue
             first = heads.index(names[0])
             slots = slice(first, first + len(names))
-            unit, inverse, active = unit[part, slots], inverse[part, slots], active[part, slots]
-            grad = torch.empty_like(unit, memory_format=torch.contiguous_format)  # [r, l, U]
+            unit, inverse = unit[part, slots], inverse[part, slots]
             layers = [getattr(self.nets, name).layers for name in names]
+            scale = torch.stack([layer[level].scale for layer in layers])  # [l, U]
+            scaled = unit * scale  # [r, l, U]
+            active, grad = F.silu(scaled), torch.empty_like(scaled)
             for slot, name in enumerate(names):
                 by_output, weight = above[name]
                 torch.mm(by_output, weight, out=grad[:, slot])
                 self._weight_grads(name, level + 1, by_output, active[:, slot])
-            scale = torch.stack([layer[level].scale for layer in layers])  # [l, U]
-            by_scale = norm_silu_backward(grad, unit, inverse, scale)
+            by_scale = norm_silu_backward(grad, unit, inverse, scale, scaled)
             for slot, name in enumerate(names):
                 self.grads[name].layers[level].scale.add_(by_scale[slot])
                 above[name] = (grad[:, slot], layers[slot][level].weight)
@@ -308,9 +308,11 @@ class _Lane:
             torch.mm(grad[:, 0], self.nets.critic.layers[0].weight, out=by_feat)
 
 
-def norm_silu_backward(grad: Tensor, unit: Tensor, inverse: Tensor, scale: Tensor) -> Tensor:
-    """Gradient [l, U] by scale; `grad`, by a layer's output [r, l, U], becomes that by its norm's input."""
-    scaled = unit * scale
+def norm_silu_backward(grad: Tensor, unit: Tensor, inverse: Tensor, scale: Tensor, scaled: Tensor) -> Tensor:
+    """Gradient [l, U] by scale; `grad`, by a layer's output [r, l, U], becomes that by its norm's input.
+
+    scaled: unit * scale, used up.
+    """
     torch.ops.aten.silu_backward.grad_input(grad, scaled, grad_input=grad)
     torch.mul(grad, unit, out=scaled)
     by_scale = scaled.sum(0)
