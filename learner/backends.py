@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from learner.native.library import absence, available
 from learner.nn.actor_critic import actor_critic
 from learner.nn.bptt import posterior_rollout
 from learner.nn.imagine_rows import imagine
@@ -41,11 +42,8 @@ def choose_backend(setting: BackendSetting, device: torch.device, dtype: str) ->
     if setting == "torch":
         return TORCH
     fits = device.type == "cpu" and dtype == "fp32"
-    if fits:
-        from learner.native.library import absence, available
-
-        if available():
-            return _native()
+    if fits and available():
+        return _native()
     if setting == "native":
         cause = absence() if fits else f"it computes in fp32 on CPUs, not in {dtype} on {device.type}"
         raise PreflightError(

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t GROUPS = 8;
-constexpr int64_t BLOCK = 192;  // rows whose activations and gradients stay in cache
+constexpr int64_t BLOCK = 96;  // rows whose activations and gradients stay in cache
 
 struct Plan {
     PackedHead critic, actor;          // for the forward pass of the output layers; hidden ones are not packed
@@ -70,7 +70,7 @@ struct Group {
     HeadGrads critic_grads, actor_grads;
     double losses[4] = {};
     Scratch scratch;
-    float *space = scratch.take(BLOCK * panel_count(2 * V) * PANEL), *logits = scratch.take(BLOCK * std::max(K, O));
+    float *space = scratch.take(cross_space(BLOCK, 2 * V)), *logits = scratch.take(BLOCK * std::max(K, O));
     float *active = scratch.take(depth * BLOCK * V), *by_x = scratch.take(BLOCK * V), *by_a = scratch.take(BLOCK * V);
     float *again = scratch.take(V), *by_scale = scratch.take(V), *joint = scratch.take(BLOCK * 2 * V);
 

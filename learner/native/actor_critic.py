@@ -21,10 +21,12 @@ from learner.nn.imagine import HeadWeights, Imagined
 class _ActorCritic(Block):
     _fields_ = fields(
         "int:rows int:starts int:feat_size int:units int:bins int:threads int:critic_layers int:actor_layers "
-        "int:policy_kind int:width int:outputs int:components float:policy_unimix float:min_std float:max_std "
-        "float:policy_factor float:value_factor float:replay_factor float:entropy_factor float:slow_factor "
-        "component_classes positions critic actor feat action raw slow kept returns advantage weight "
-        "replay_returns replay_weight losses by_feat critic_grads actor_grads"
+        "int:policy_kind int:width int:outputs int:components float:policy_unimix float:min_std "
+        "float:max_std float:policy_factor float:value_factor float:replay_factor float:entropy_factor "
+        "float:slow_factor",
+        *("component_classes", "positions", "critic", "actor", "feat", "action", "raw", "slow", "kept"),
+        *("returns", "advantage", "weight", "replay_returns", "replay_weight"),
+        *("losses", "by_feat", "critic_grads", "actor_grads"),
     )
 
 
@@ -92,12 +94,13 @@ class _Native(torch.autograd.Function):
             ),
         )
         ctx.grads = (by_feat, *grads)
-        policy_loss, value, replay, entropy = parts = losses.unbind()
-        total = factors.policy * policy_loss + factors.value * value + factors.replay_value * replay
+        parts = Losses(*losses.unbind())
+        total = factors.policy * parts.policy + factors.value * parts.value
+        total = total + factors.replay_value * parts.replay_value
         ctx.mark_non_differentiable(*parts)
         return total, *parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        by_feat, *by_weights = ctx.grads if grads[0].item() == 1.0 else torch._foreach_mul(ctx.grads, grads[0])
-        return by_feat, None, None, *by_weights
+        scaled = ctx.grads if grads[0].item() == 1.0 else tuple(grad * grads[0] for grad in ctx.grads)
+        return scaled[0], None, None, *scaled[1:]

@@ -1,8 +1,8 @@
 """Compiles the C++ sources beside it once per machine, and loads the library.
 
 One call of the compiler, no torch headers: the functions take plain memory. The library is kept in a directory
-that belongs to this user alone, under a name that tells sources, flags, processor, compiler and the digest of
-its own bytes; processes that want it at the same time wait for the one that builds it, with a deadline.
+of this user alone, under a name that tells sources, flags, processor, compiler and the digest of its own bytes.
+Processes that want it at the same time wait, with a deadline, for the one that builds it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 # No -ffast-math: it drops what is not a number, and may set flush-to-zero for the whole process.
 FLAGS = (
-    "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "
-    "-fvisibility=hidden -fPIC -shared"
-).split()
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+    *("-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-shared"),
+)
+CPU_LINES = ("vendor_id", "cpu family", "model\t", "stepping", "flags", "Features", "CPU part")
 COMPILE_SECONDS = 120.0
 WAIT_SECONDS = 150.0
 POLL_SECONDS = 0.1
@@ -89,14 +90,11 @@ def version(compiler: tuple[str, ...]) -> str:
 
 def processor() -> str:
     """What -march=native depends on: a home directory may be shared by different machines."""
-    lines = set()
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    for line in text.splitlines():
-        if line.startswith(("vendor_id", "cpu family", "model\t", "stepping", "flags", "Features", "CPU part")):
-            lines.add(line)
+    lines = {line for line in text.splitlines() if line.startswith(CPU_LINES)}
     return " ".join((platform.machine(), *platform.libc_ver(), *sorted(lines)))
 
 
@@ -133,7 +131,7 @@ def _locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"another process has been building for {WAIT_SECONDS:.0f} s") from None
+                    raise TimeoutError(f"another process builds since {WAIT_SECONDS:.0f} s") from None
                 time.sleep(POLL_SECONDS)
         yield
 

@@ -29,10 +29,10 @@ class Block(ctypes.Structure):
                 setattr(self, name, address(value) if isinstance(value, Tensor) else value)
 
 
-def fields(layout: str) -> list[tuple[str, Any]]:
-    """Fields in the order of `layout`: words, "int:" and "float:" before single numbers, the rest arrays."""
+def fields(numbers: str, *arrays: str) -> list[tuple[str, Any]]:
+    """Fields in order: words that begin with "int:" or "float:", then names of arrays."""
     kinds: dict[str, Any] = {"int": ctypes.c_int64, "float": ctypes.c_double, "": ctypes.c_void_p}
-    parts = (word.rpartition(":") for word in layout.split())
+    parts = (word.rpartition(":") for word in (*numbers.split(), *arrays))
     return [("bytes", ctypes.c_int64), *((name, kinds[kind]) for kind, _, name in parts)]
 
 

@@ -107,14 +107,13 @@ inline void gemm_add(int64_t rows, const float *a, int64_t a_step, const Packed 
 }
 
 template <int COLUMNS>
-inline void cross_tile(int64_t count, const float *a, int64_t a_step, const float *panel, int64_t rows, float *c,
-                       int64_t c_step, int64_t width) {
+inline void cross_tile(int64_t count, const float *a, const float *panel, int64_t rows, float *c, int64_t c_step,
+                       int64_t width) {
     if constexpr (COLUMNS > 1)
-        if (count < COLUMNS) return cross_tile<COLUMNS - 1>(count, a, a_step, panel, rows, c, c_step, width);
+        if (count < COLUMNS) return cross_tile<COLUMNS - 1>(count, a, panel, rows, c, c_step, width);
     Vec sums[COLUMNS][2] = {};
-    for (int64_t p = 0; p < rows; p++, panel += PANEL, a += a_step) {
+    for (int64_t p = 0; p < rows; p++, panel += PANEL, a += TILE_ROWS) {
         const Vec b0 = load(panel, Full{}), b1 = load(panel + LANES, Full{});
-        __builtin_prefetch(a + AHEAD * a_step);
 #pragma GCC unroll 16
         for (int i = 0; i < COLUMNS; i++) {
             sums[i][0] += a[i] * b0;
@@ -130,9 +129,12 @@ inline void cross_tile(int64_t count, const float *a, int64_t a_step, const floa
     }
 }
 
-// c [m, n] += a^T b, a [rows, m], b [rows, n]: a weight gradient. `space` holds rows * panel_count(n) * PANEL floats.
+inline int64_t cross_space(int64_t rows, int64_t n) { return rows * (panel_count(n) * PANEL + TILE_ROWS); }
+
+// c [m, n] += a^T b, a [rows, m], b [rows, n]: a weight gradient. `space` holds cross_space(rows, n) floats.
 inline void cross(int64_t rows, const float *a, int64_t a_step, int64_t m, const float *b, int64_t b_step, int64_t n,
                   float *c, int64_t c_step, float *space) {
+    float *columns = space + rows * panel_count(n) * PANEL;  // some of a, side by side
     for (int64_t j = 0; j < n; j += PANEL) {
         const int64_t width = std::min<int64_t>(PANEL, n - j);
         for (int64_t p = 0; p < rows; p++) {
@@ -141,8 +143,17 @@ inline void cross(int64_t rows, const float *a, int64_t a_step, int64_t m, const
             std::memcpy(to, b + p * b_step + j, (size_t)width * sizeof(float));
         }
     }
-    for (int64_t i = 0; i < m; i += TILE_ROWS)  // some columns of a stay in the first cache for all panels
+    for (int64_t i = 0; i < m; i += TILE_ROWS) {
+        const int64_t count = std::min<int64_t>(TILE_ROWS, m - i);
+        for (int64_t p = 0; p < rows; p++) {
+            const float *from = a + p * a_step + i;
+            if (count == TILE_ROWS)
+                std::memcpy(columns + p * TILE_ROWS, from, TILE_ROWS * sizeof(float));
+            else
+                std::memcpy(columns + p * TILE_ROWS, from, (size_t)count * sizeof(float));
+        }
         for (int64_t j = 0; j < n; j += PANEL)
-            cross_tile<TILE_ROWS>(std::min<int64_t>(TILE_ROWS, m - i), a + i, a_step, space + j * rows, rows,
-                                  c + i * c_step + j, c_step, std::min<int64_t>(PANEL, n - j));
+            cross_tile<TILE_ROWS>(count, columns, space + j * rows, rows, c + i * c_step + j, c_step,
+                                  std::min<int64_t>(PANEL, n - j));
+    }
 }

@@ -13,28 +13,30 @@ from torch import Tensor
 from learner.native.calls import Block, call, fields
 from learner.native.library import library
 from learner.nn.action_distribution import ActionDistribution, Categoricals
+from learner.nn.bptt import CoreWeights
 from learner.nn.imagine import DynamicsWeights, Head, HeadWeights, Imagined, Starts
 
 CHUNK = 128
 """Trajectories whose states and heads stay in one core's cache."""
 HEADS = ("reward", "cont", "critic", "actor", "slow")
-CORE = "deter_in deter_bias stoch_in stoch_bias in_scale own shared scale gates gates_bias"
 
 
 class Traces(NamedTuple):
-    """What `actor_critic` wants: per level the layers of critic and actor before their norms, [H, N, 2V or V]."""
+    """What `actor_critic` wants."""
 
-    kept: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]  # per level, the layers of critic and actor before their norms: [H, N, 2V or V]
 
 
 class _Imagine(Block):
     _fields_ = fields(
-        "int:trajectories int:horizon int:deter int:stoch int:classes int:hidden int:blocks int:threads int:chunk "
-        "int:units int:bins int:prior_layers int:reward_layers int:cont_layers int:critic_layers int:actor_layers "
-        "int:slow_layers int:policy_kind int:width int:outputs int:noise int:components "
-        "float:unimix float:policy_unimix float:min_std float:max_std component_classes "
-        f"deter_start stoch_start action_noise stoch_noise positions {CORE} action_in action_bias action_scale driver "
-        f"hidden_bias prior {' '.join(HEADS)} feat action raw out_reward out_cont value out_slow kept"
+        "int:trajectories int:horizon int:deter int:stoch int:classes int:hidden int:blocks int:threads "
+        "int:chunk int:units int:bins int:prior_layers int:reward_layers int:cont_layers int:critic_layers "
+        "int:actor_layers int:slow_layers int:policy_kind int:width int:outputs int:noise int:components "
+        "float:unimix float:policy_unimix float:min_std float:max_std",
+        *("component_classes", "deter_start", "stoch_start", "action_noise", "stoch_noise", "positions"),
+        *CoreWeights._fields,
+        *("action_in", "action_bias", "action_scale", "driver", "hidden_bias", "prior", *HEADS),
+        *("feat", "action", "raw", "out_reward", "out_cont", "value", "out_slow", "kept"),
     )
 
 
@@ -118,7 +120,7 @@ def imagine(
             action_noise=starts.action_noise.contiguous(),
             stoch_noise=starts.stoch_noise.contiguous(),
             positions=bins.contiguous(),
-            **{name: x.contiguous() for name, x in zip(CORE.split(), dynamics.core, strict=True)},
+            **{name: x.contiguous() for name, x in dynamics.core._asdict().items()},
             action_in=dynamics.action.weight.contiguous(),
             action_bias=dynamics.action.bias,
             action_scale=dynamics.action.scale,

@@ -260,7 +260,7 @@ REGION rollout_backward(const Rollout *args, const RolloutGrads *grads) {
             Scratch space;
             const Product &p = products[which];
             cross(rows, p.a, p.a_step, p.m, p.b + j, p.b_step, std::min<int64_t>(PANEL, p.n - j), p.c + j, p.n,
-                  space.take(rows * PANEL));
+                  space.take(cross_space(rows, PANEL)));
         }) ? DONE : NO_MEMORY;
     } catch (const std::bad_alloc &) {
         return NO_MEMORY;

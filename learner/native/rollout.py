@@ -14,27 +14,33 @@ from learner.native.calls import Block, call, fields
 from learner.native.library import library
 from learner.nn.bptt import CoreWeights, PosteriorWeights
 
-_CORE = "deter_in deter_bias stoch_in stoch_bias in_scale own shared scale gates gates_bias"
-_POSTERIOR = "read_in read_scale logits logits_bias"
-_KEPT = "out_deter probs sample soft embedded pre_hidden pre_gates read"
-_BY_ROW = (
-    "logits read gates pre_hidden embedded before before_stoch read_active hidden_active inputs_active "
-    "read_scale_rows scale_rows in_scale_rows"
-)
+INPUTS = ["deter_start", "stoch_start", "drive", "projected", "keep", "uniform"]
+CORE = list(CoreWeights._fields)
+POSTERIOR = ["read_in", "read_scale", "logits", "logits_bias"]
+KEPT = ["out_deter", "probs", "sample", "soft", "embedded", "pre_hidden", "pre_gates", "read"]
+BY = ["by_deter", "by_probs", "by_stoch"]
+ROWS = [
+    *("logits", "read", "gates", "pre_hidden", "embedded", "before", "before_stoch"),
+    *("read_active", "hidden_active", "inputs_active", "read_scale_rows", "scale_rows", "in_scale_rows"),
+]
+WEIGHT_GRADS = [
+    *("deter_in", "deter_bias", "stoch_in", "stoch_bias", "in_scale", "own", "shared", "scale"),
+    *("gates_weight", "gates_bias", "read_in", "read_scale", "logits_weight", "logits_bias"),
+]
 
 
 class _Rollout(Block):
     _fields_ = fields(
-        "int:time int:batch int:deter int:stoch int:classes int:hidden int:blocks int:threads float:unimix "
-        f"deter_start stoch_start drive projected keep uniform {_CORE} {_POSTERIOR} {_KEPT}"
+        "int:time int:batch int:deter int:stoch int:classes int:hidden int:blocks int:threads float:unimix",
+        *INPUTS,
+        *CORE,
+        *POSTERIOR,
+        *KEPT,
     )
 
 
 class _RolloutGrads(Block):
-    _fields_ = fields(
-        f"by_deter by_probs by_stoch {_BY_ROW} deter_in deter_bias stoch_in stoch_bias in_scale own shared scale "
-        "gates_weight gates_bias read_in read_scale logits_weight logits_bias"
-    )
+    _fields_ = fields("", *BY, *ROWS, *WEIGHT_GRADS)
 
 
 def posterior_rollout(
@@ -53,61 +59,53 @@ def posterior_rollout(
 
 
 def _arguments(
-    args: tuple[Tensor, ...], weights: tuple[Tensor, ...], kept: tuple[Tensor, ...], unimix: float
+    inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], kept: tuple[Tensor, ...], unimix: float
 ) -> _Rollout:
-    """The structure; args are deter_start to uniform, weights those of core and posterior."""
-    core, posterior = CoreWeights(*weights[:10]), PosteriorWeights(*weights[10:])
-    time, batch, size = args[2].shape
-    classes = kept[1].shape[2]
+    """The structure; inputs, weights and kept in the order of their fields."""
+    core = CoreWeights(*weights[:10])
+    time, batch, size = inputs[2].shape
     return _Rollout(
         time=time,
         batch=batch,
         deter=size,
-        stoch=args[5].shape[-1],
-        classes=classes,
+        stoch=inputs[5].shape[-1],
+        classes=kept[1].shape[2],
         hidden=core.deter_bias.shape[0],
         blocks=core.own.shape[0],
         threads=torch.get_num_threads(),
         unimix=unimix,
-        **dict(zip("deter_start stoch_start drive projected keep uniform".split(), args, strict=True)),
-        **dict(zip(_CORE.split(), core, strict=True)),
-        **dict(zip(_POSTERIOR.split(), posterior, strict=True)),
-        **dict(zip(_KEPT.split(), kept, strict=True)),
+        **dict(zip([*INPUTS, *CORE, *POSTERIOR, *KEPT], [*inputs, *weights, *kept], strict=True)),
     )
 
 
 class _Native(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.unimix = tensors[6]
-        args = tuple(x.detach().contiguous() for x in tensors[:6])
-        weights = tuple(x.detach().contiguous() for x in tensors[7:])
-        time, batch, size = args[2].shape
-        variables, units = args[5].shape[-1], weights[1].shape[0]
-        classes = weights[-1].shape[0] // variables
-        lead = (time, batch)
-        widths = (size, (classes, variables), (classes, variables), (classes, variables), 2 * units, size)
-        shapes = [(*lead, *(w if isinstance(w, tuple) else (w,))) for w in (*widths, 3 * size, units)]
-        kept = tuple(torch.empty(shape) for shape in shapes)
-        call(library().rollout_forward, _arguments(args, weights, kept, ctx.unimix))
-        ctx.save_for_backward(*args, *weights, *kept)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.unimix = args[6]
+        inputs = tuple(x.detach().contiguous() for x in args[:6])
+        weights = tuple(x.detach().contiguous() for x in args[7:])
+        time, batch, size = inputs[2].shape
+        variables, units = inputs[5].shape[-1], inputs[3].shape[-1]
+        stoch = (weights[-1].shape[0] // variables, variables)
+        shapes = ((size,), stoch, stoch, stoch, (2 * units,), (size,), (3 * size,), (units,))
+        kept = tuple(torch.empty(time, batch, *shape) for shape in shapes)
+        call(library().rollout_forward, _arguments(inputs, weights, kept, ctx.unimix))
+        ctx.save_for_backward(*inputs, *weights, *kept)
         return kept[0], kept[1], kept[2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        args, weights, kept = saved[:6], saved[6:20], saved[20:]
-        core, posterior = CoreWeights(*weights[:10]), PosteriorWeights(*weights[10:])
-        lead, z, units = kept[0].shape[:2], posterior.logits.shape[0], posterior.scale.shape[0]
-        size = kept[0].shape[-1]
-        widths = (z, units, 3 * size, size, 2 * units, size, z, units, size, 2 * units, units, size, 2 * units)
-        rows = {name: torch.empty(*lead, w) for name, w in zip(_BY_ROW.split(), widths, strict=True)}
+        inputs, weights, kept = saved[:6], saved[6:-8], saved[-8:]
+        time, batch, size = kept[0].shape
+        z, u, d = weights[-1].shape[0], kept[-1].shape[-1], size
+        widths = (z, u, 3 * d, d, 2 * u, d, z, u, d, 2 * u, u, d, 2 * u)
+        rows = {name: torch.empty(time, batch, w) for name, w in zip(ROWS, widths, strict=True)}
+        by = dict(zip(BY, (g.contiguous() for g in grads), strict=True))
         out = tuple(torch.zeros_like(w) for w in weights)
-        names = [field for field, _ in _RolloutGrads._fields_[-len(out) :]]
-        by = dict(zip(("by_deter", "by_probs", "by_stoch"), (g.contiguous() for g in grads), strict=True))
         call(
             library().rollout_backward,
-            _arguments(args, weights, kept, ctx.unimix),
-            _RolloutGrads(**by, **rows, **dict(zip(names, out, strict=True))),
+            _arguments(inputs, weights, kept, ctx.unimix),
+            _RolloutGrads(**by, **rows, **dict(zip(WEIGHT_GRADS, out, strict=True))),
         )
-        return (None, None, rows["pre_hidden"], rows["read"], None, None, None, *out)
+        return None, None, rows["pre_hidden"], rows["read"], None, None, None, *out

@@ -1,0 +1,139 @@
+"""The library is built once per user and machine, by one process, and only what is sound is loaded."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from learner.native import build, library
+
+SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, and sources that compile in no time."""
+    if build.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "answer.cpp").write_text(SOURCE)
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "dreamfleet"
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """`available` forgets what it found, before and after."""
+    library._found.cache_clear()
+    yield
+    library._found.cache_clear()
+
+
+def libraries(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*.so"))
+
+
+def test_a_library_is_built_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.load_library().answer() == 42
+    (path,) = libraries(cache)
+    monkeypatch.setattr(build, "_build", None)  # what is sound is not built again
+    assert build.load_library().answer() == 42
+    assert libraries(cache) == [path]
+
+
+def test_other_sources_make_another_library(cache: Path) -> None:
+    build.load_library()
+    (build.SOURCES / "answer.cpp").write_text(SOURCE.replace("42", "43"))
+    assert build.load_library().answer() == 43
+    assert len(libraries(cache)) == 2
+
+
+def test_another_processor_makes_another_library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.load_library()
+    monkeypatch.setattr(build, "processor", lambda: "one with other instructions")
+    build.load_library()
+    assert len(libraries(cache)) == 2
+
+
+def test_what_was_built_is_used_where_there_is_no_compiler(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build.load_library()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.load_library().answer() == 42
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage"])
+def test_a_damaged_library_is_built_anew(damage: bytes, cache: Path) -> None:
+    build.load_library()
+    (path,) = libraries(cache)
+    sound = path.read_bytes()
+    path.unlink()  # it is mapped: other bytes need another file
+    path.write_bytes(damage)
+    assert build.load_library().answer() == 42
+    assert [p.read_bytes() for p in libraries(cache)] == [sound]
+
+
+def test_a_directory_that_others_can_write_is_not_trusted(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(cache.parent / "elsewhere"))
+    assert build.cache_directory() == cache.parent / "elsewhere" / f"dreamfleet-{os.getuid()}"
+
+
+def test_without_any_directory_there_is_no_library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache.parent / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "file"))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(cache.parent / "file"))
+    with pytest.raises(OSError, match="file"):
+        build.load_library()
+
+
+# "true" succeeds and makes no library.
+@pytest.mark.parametrize("compiler", ["false", "true", "'unbalanced", "no-such-compiler"])
+def test_a_compiler_that_fails_is_said_once_and_leaves_nothing(
+    compiler: str,
+    cache: Path,
+    forgetful: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    with caplog.at_level("INFO"):
+        assert not library.available()
+        assert not library.available()
+    assert [record.message for record in caplog.records] == ["learner runs without compiled regions"]
+    assert library.absence()
+    assert [p.suffix for p in cache.iterdir() if p.suffix != ".lock"] == []
+
+
+def test_who_waits_for_a_builder_has_a_deadline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.load_library()
+    (lock,) = cache.glob("*.lock")
+    for path in libraries(cache):
+        path.unlink()
+    monkeypatch.setattr(build, "WAIT_SECONDS", 0.0)
+    with lock.open() as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="another process"):
+            build.load_library()
+    assert build.load_library().answer() == 42  # a holder that ends lets go
+
+
+def test_processes_that_start_together_build_one_library(cache: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from learner.native import build; "
+        "build.SOURCES = Path(sys.argv[1]); assert build.load_library().answer() == 42"
+    )
+    command = [sys.executable, "-c", code, str(build.SOURCES)]
+    started = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
+    assert len(libraries(cache)) == 1
