@@ -2,8 +2,8 @@
 
 The run is `dreamfleet train RECIPE --backend local --set learner.launch=torchrun --set learner.ranks=N`,
 started before or after. Each process here becomes the rank that torchrun numbered it. When a rank is lost all
-end, torchrun starts them again, and they take the next life of their ranks, from the newest checkpoint. Whatever
-sets RANK and WORLD_SIZE can stand in for torchrun. All on one machine.
+end, torchrun starts them again, and they take the next life of their ranks, from the newest checkpoint.
+Whatever sets RANK and WORLD_SIZE can stand in for torchrun. All on one machine.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def why_not(path: Path, ranks: int) -> str:
     if (learner.get("launch"), learner.get("ranks")) == ("torchrun", ranks):
         return ""
     return (
-        f"{run_dir.path} has learner.launch={learner.get('launch')} and "
-        f"learner.ranks={learner.get('ranks')}, must have torchrun and {ranks}; resume it with --backend local --set learner.launch=torchrun "
-        f"--set learner.ranks={ranks}, or give torchrun as many processes"
+        f"{run_dir.path} has learner.launch={learner.get('launch')} and learner.ranks="
+        f"{learner.get('ranks')}, must have torchrun and {ranks}; resume it with --backend local "
+        f"--set learner.launch=torchrun --set learner.ranks={ranks}, or give torchrun as many processes"
     )
 
 

@@ -30,7 +30,7 @@ class RankGroup:
         silence: float = 3.0,
         out: str = "",
         seed: int = 0,
-        state: bool = False,
+        late: bool = False,
         tasks: dict[int, dict[str, Any]] | None = None,
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -39,7 +39,7 @@ class RankGroup:
             "ranks": ranks, "host": "127.0.0.1", "port": port, "secret": "between us", "silence": silence,
         }  # fmt: skip
         task = {
-            "updates": updates, "out": out, "seed": seed, "state": state, "stuck_after": None,
+            "updates": updates, "out": out, "seed": seed, "late": late, "stuck_after": None,
             "fail_after": None, "mark": str(folder / "ended"),
         }  # fmt: skip
         self._errors = [folder / f"rank-{rank}.err" for rank in range(ranks)]

@@ -68,7 +68,7 @@ def batch_of(number: int) -> Sequence:
 
 def snapshot(agent: Any, metrics: dict[str, float], rows: Any) -> dict[str, Any]:
     """What two numbers of ranks must agree on after an update."""
-    found = {f"parameters/{k}": v for k, v in agent.state()["parameters"].items()}
+    found: dict[str, Any] = {f"parameters/{k}": v for k, v in agent.state()["parameters"].items()}
     found |= {f"metrics/{k}": np.float64(v) for k, v in metrics.items()}
     found["percentiles"] = agent.behavior.returns.pair.numpy().copy()
     if rows is not None:
@@ -80,15 +80,16 @@ def snapshot(agent: Any, metrics: dict[str, float], rows: Any) -> dict[str, Any]
 def lead(place: RankPlace, task: dict[str, Any]) -> None:
     hub = RankHub(place, torch.device("cpu"))
     inner = agent_of(seed=task["seed"])
+    inner.late = task["late"]
     agent = RankedAgent(inner, hub)
     say("joined")
-    if task["state"]:
-        agent.load(dict(inner.state()))
     for number in range(task["updates"]):
         metrics, rows = agent.learn(batch_of(number), agent.initial(BATCH))[1:]
         if task["out"]:
             np.savez(f"{task['out']}-0-{number}.npz", **snapshot(inner, metrics, rows))
         say("update", number)
+        if task["late"]:
+            agent.load(agent.state())  # as a resumed run does, rows that nobody has reported included
     agent.state()  # compares the weights of all ranks
     agent.close()
 
@@ -96,6 +97,7 @@ def lead(place: RankPlace, task: dict[str, Any]) -> None:
 def follow(place: RankPlace, task: dict[str, Any]) -> None:
     worker = RankWorker(place, torch.device("cpu"))
     inner = agent_of(seed=task["seed"] + place.rank)  # of no importance: it gets rank 0's state
+    inner.late = task["late"]
     say("joined")
     if task["stuck_after"] is not None:
         inner = Stuck(inner, task["stuck_after"])

@@ -91,7 +91,20 @@ def test_latents_and_priorities_of_all_ranks_come_back_in_the_order_of_the_batch
         )
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.drill)])
+@pytest.mark.drill
+def test_late_agents_report_the_whole_batch_also_over_a_resume(tmp_path: Path, one):
+    with RankGroup(tmp_path, 2, updates=3, out=str(tmp_path / "seen"), late=True) as group:
+        group.until(0, "done")
+    first, *later = (dict(np.load(tmp_path / f"seen-0-{number}.npz")) for number in range(3))
+    assert "rows/deter" not in first
+    for number, found in enumerate(later):
+        assert np.array_equal(found["ids/start"], batch_of(number).ids.start)
+        assert np.array_equal(found["rows/stoch"], one[number]["rows/stoch"])
+        assert found["metrics/loss/total"] == pytest.approx(one[number]["metrics/loss/total"], rel=1e-4)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("victim", [1, 0])
 def test_killed_rank_is_named_by_the_other(tmp_path: Path, victim: int):
     with RankGroup(tmp_path, 2, updates=10**6) as group:
         group.until(0, "update", 3)
