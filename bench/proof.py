@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import RESULTS, rewrite
+from deploy.run_dir import json_lines
 
 DREAMFLEET = [sys.executable, "-m", "deploy"]
 
@@ -34,6 +35,7 @@ class Case:
     bar: str  # in words, for the table
     assignments: tuple[str, ...] = ()
     least_return: float | None = None  # every seed must reach it
+    least_training: float | None = None  # mean training return of the last fifth of the steps
     falling_loss: str | None = None  # this loss must end below half of where it began
     keep: tuple[str, ...] = field(default=())  # files copied into docs/results
 
@@ -50,6 +52,16 @@ CASES: dict[str, Case] = {
         keep=("openloop-image.mp4",),
     ),
 }  # fmt: skip
+DMC_GATES = {"cartpole_balance": 434.0, "cartpole_swingup": 272.0, "walker_stand": 288.0}
+"""Training returns at 50,000 steps: means of the official curves over 5 seeds minus one standard deviation
+(docs/gpu_checks.md). They want a GPU: an update per step."""
+CASES |= {
+    f"dmc_{task}": Case(
+        recipe="dmc_proprio", seeds=(0, 1, 2), bar=f"training return >= {least:g} at 50k steps",
+        assignments=(f"env.name=dmc:{task}", "env_steps=50000", "backend=local"), least_training=least,
+    )
+    for task, least in DMC_GATES.items()
+}  # fmt: skip
 
 WORLD_MODEL = "worldmodel"
 
@@ -60,6 +72,16 @@ def _loss_ends(run_dir: Path, key: str) -> tuple[float, float]:
     values = [r[f"learner/{key}"] for r in map(json.loads, lines) if f"learner/{key}" in r]
     tenth = max(1, len(values) // 10)
     return statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])
+
+
+def training_return(run_dir: Path, env_steps: int) -> float | None:
+    """Mean return of the training episodes that ended in the last fifth of the steps; None without any.
+
+    Like the official curves these are returns of the sampling policy; the evaluation is greedy.
+    """
+    points = json_lines(run_dir / "metrics" / "episodes.jsonl")
+    newest = [point["return"] for point in points if point["env_steps"] > 0.8 * env_steps]
+    return statistics.fmean(newest) if newest else None
 
 
 def run_one(name: str, case: Case, seed: int, root: Path, extra: Sequence[str]) -> dict[str, Any]:
@@ -79,6 +101,9 @@ def run_one(name: str, case: Case, seed: int, root: Path, extra: Sequence[str]) 
         "episodes": summary["evaluation_episodes"], "random": summary["random_return"],
     }  # fmt: skip
     passed = case.least_return is None or row["return"] >= case.least_return
+    if case.least_training is not None:
+        row["training_return"] = training_return(run_dir, summary["env_steps"])
+        passed = row["training_return"] is not None and row["training_return"] >= case.least_training
     if case.falling_loss:
         row["loss_first"], row["loss_last"] = _loss_ends(run_dir, case.falling_loss)
         passed = passed and row["loss_last"] < 0.5 * row["loss_first"]

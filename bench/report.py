@@ -40,6 +40,11 @@ def _proof_table(data: dict[str, Any]) -> str:
             f"random {statistics.fmean(r['random'] for r in good):.2f}; "
             f"median wall {statistics.median(r['wall_seconds'] for r in good):.0f} s.",
         ]
+    if good and "training_return" in good[0]:
+        told = ", ".join(
+            "none" if r["training_return"] is None else f"{r['training_return']:.1f}" for r in good
+        )
+        lines += ["", f"Mean training return of the last fifth of the steps, by seed: {told}."]
     if data.get("note"):
         lines += ["", data["note"]]
     if good and "loss_first" in good[0]:
