@@ -70,7 +70,7 @@ class Starts(NamedTuple):
 
 
 class Imagined(NamedTuple):
-    """N trajectories; row 0 is the start. What no loss reads is missing: policy at the end, reward at first."""
+    """N trajectories; row 0 is the start. Missing is what no loss reads: policy at the end, reward at 0."""
 
     feat: Tensor  # [H + 1, N, F]
     action: Tensor  # [H, N, A], chosen in state h

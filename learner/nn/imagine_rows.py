@@ -196,7 +196,7 @@ class _Chunk:
             (self.first, self.inverse, FIRST),
             *((x[0], x[2], tuple(m)) for x, m in zip(self.later, plan.deeper, strict=True)),
         ]
-        for trace, (flat, inverse, order) in zip(traces.layers, spaces, strict=True):
+        for trace, (flat, inverse, order) in zip(traces.layers, spaces, strict=False):
             layers = slice(order.index(trace.heads[0]), order.index(trace.heads[-1]) + 1)
             if order is FIRST:
                 unit = flat[:, span(plan.columns, trace.heads)]

@@ -8,7 +8,7 @@ Which rows a lane has depends on shapes alone, never on the number of threads: t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from typing import TypeVar
@@ -45,9 +45,10 @@ def run_lanes(lane: Callable[[Part], Result], parts: Sequence[Part]) -> list[Res
     try:
         work(0)
     finally:
-        for other in others:
-            other.result()
+        wait(others)  # they compute, and write where the caller will: nothing ends them early
         torch.set_num_threads(total)
+    for other in others:
+        other.result()  # its exception, if it had one
     return results  # type: ignore[return-value]
 
 
