@@ -133,8 +133,10 @@ struct Group {
         for (int64_t level = 0; level < (critic ? a.critic_layers : a.actor_layers); level++) {
             int64_t step;
             const float *from = before(level, at, critic, step);
-            for (int64_t r = 0; r < rows; r++)
+            for (int64_t r = 0; r < rows; r++) {
+                for (int64_t i = 0; i < V; i += 16) __builtin_prefetch(from + (r + 8) * step + i);
                 norm_silu(from + r * step, tensors[3 * level + 2], active + (level * BLOCK + r) * V, V);
+            }
         }
     }
 

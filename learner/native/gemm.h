@@ -147,6 +147,7 @@ inline void cross(int64_t rows, const float *a, int64_t a_step, int64_t m, const
         const int64_t count = std::min<int64_t>(TILE_ROWS, m - i);
         for (int64_t p = 0; p < rows; p++) {
             const float *from = a + p * a_step + i;
+            __builtin_prefetch(from + 2 * TILE_ROWS);
             if (count == TILE_ROWS)
                 std::memcpy(columns + p * TILE_ROWS, from, TILE_ROWS * sizeof(float));
             else
