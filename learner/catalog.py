@@ -96,6 +96,7 @@ def make_agent(
     Raises: PreflightError when the device is absent.
     """
     from learner.capture import make_recorder
+    from learner.compiled import make_compiler
     from learner.devices import resolve_device
     from learner.families.dreamer.agent import DreamerAgent
 
@@ -109,6 +110,7 @@ def make_agent(
         priority_signal=priority_signal,
         late=where.type == "cuda",  # waiting for a result there would leave the device idle
         recorder=make_recorder(where, config.graph),
+        steps=make_compiler(config.compile, config.dtype),
     )
 
 

@@ -352,7 +352,7 @@ def _backward_loop(
             by_probs=outer[before],
         )
 
-    grad_deter, grad_probs = by_deter[-1], outer[-1]
+    grad_deter, grad_probs = by_deter[-1].contiguous(), outer[-1].contiguous()  # as those that follow
     kept: list[tuple[Tensor, ...]] = []
     last = deter.shape[0] - 1
     step = choose(retreat_step, grad_deter, grad_probs, passed(last), weights, unimix)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from learner.backends import choose_backend
 from learner.capture import GraphedStep, Recorder
 from learner.carrier_state import state_of, write_back_of
+from learner.compiled import StepCompiler
 from learner.families.dreamer.behavior import ActorCritic
 from learner.families.dreamer.config import DreamerConfig
 from learner.families.dreamer.latents import latent_columns
@@ -56,11 +58,13 @@ class DreamerAgent:
         priority_signal: PrioritySignal = "none",
         late: bool = False,
         recorder: Recorder | None = None,
+        steps: StepCompiler | None = None,
     ) -> None:
         """`priority_signal`: the error of each row that is written back as its priority, if any.
 
         `late`: `learn` reports the update before the one it started, so that it never waits for the device.
-        `recorder`: records the update on the device, see `learner.capture`.
+        `recorder`: records the update on the device, see `learner.capture`. `steps`: compiles loop bodies of
+        the torch backend, see `learner.compiled`.
         """
         self.env, self.device, self.late = env, device, late
         self.columns = latent_columns(config)
@@ -70,6 +74,9 @@ class DreamerAgent:
         self.model.row_error = priority_signal == "model"
         self.behavior.row_error = priority_signal == "value"
         backend = choose_backend(config.backend, device, config.dtype)
+        self.steps = steps if backend.name == "torch" else None
+        if self.steps is not None:
+            backend = backend._replace(rollout=partial(backend.rollout, choose=self.steps))
         self.model.rssm.rollout, self.behavior.backend = backend.rollout, backend
         self.module = nn.ModuleDict({"model": self.model, "behavior": self.behavior})
         initialise(self.module, torch.Generator().manual_seed(child_seed(seed, "weights")))
@@ -117,7 +124,11 @@ class DreamerAgent:
         inputs = self._upload(self.update.arrays(sequence))
         size, rows = sequence.shape
         noise = self.update.noise(size, rows - sequence.context, self.generator)
-        started = self._report(sequence, self._step(inputs | noise, sequence.context))
+        version = 0
+        if self.steps is not None:
+            self.steps.poll()
+            version = self.steps.version
+        started = self._report(sequence, self._step(inputs | noise, sequence.context, version))
         self._upload.settle()  # the arrays of the sequence may change once we return
         if self.late:
             self._pending, started = started, self._pending

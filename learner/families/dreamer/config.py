@@ -84,6 +84,9 @@ class DreamerConfig(BaseModel):
 
     backend: Literal["auto", "torch", "native"] = "auto"
     """Who computes the hot regions. auto: a library compiled on first use, for fp32 on CPUs, else torch."""
+    compile: Literal["auto", "off"] = "off"
+    """auto: loop bodies of the torch backend are compiled in the background and taken up when ready, at a
+    moment that differs between runs: not for exact mode. Off: on CPUs the native backend is faster."""
     graph: Literal["auto", "off"] = "auto"
     """auto: on CUDA the whole update is captured once as a graph and replayed. Elsewhere it means nothing."""
 

@@ -139,11 +139,13 @@ class DreamerUpdate:
         metrics = model.metrics | behavior.metrics | input_signals(batch, start)
         return Losses(model.total + behavior.total, metrics, model.rows | behavior.rows)
 
-    def __call__(self, inputs: dict[str, Tensor], context: int) -> dict[str, Tensor]:
+    def __call__(self, inputs: dict[str, Tensor], context: int, steps: int = 0) -> dict[str, Tensor]:
         """Apply one update; return metrics [M], deter [B, T, D] bfloat16, stoch [B, T, S] and maybe priority.
 
+        `steps` counts the compiled steps taken up: only a recording has to tell them apart.
         An update whose loss or gradient is not finite leaves every state as it was.
         """
+        del steps
         total, metrics, rows = self.losses(inputs, context)
         self.parameters.grads.zero_()
         total.backward()

@@ -36,7 +36,9 @@ def arm_env() -> EnvSpec:
     return EnvSpec(name="arm", obs=obs, action=ActionSpec(kind="continuous", size=2))
 
 
-def build(env: EnvSpec, recorder=None, *, late: bool = False, signal="none", **settings) -> DreamerAgent:
+def build(
+    env: EnvSpec, recorder=None, *, late: bool = False, signal="none", steps=None, **settings
+) -> DreamerAgent:
     # A tape records torch operations; compiled regions are none.
     config = make_config("dreamer", TINY | {"warmup": 3, "backend": "torch"} | settings)
     return DreamerAgent(
@@ -46,6 +48,7 @@ def build(env: EnvSpec, recorder=None, *, late: bool = False, signal="none", **s
         seed=0,
         late=late,
         recorder=recorder,
+        steps=steps,
         priority_signal=signal,
     )
 
