@@ -58,3 +58,10 @@ def test_environment_loop_knows_no_environment_library(root: Path, module: str) 
 
 def test_run_config_is_importable_without_heavy_imports(root: Path) -> None:
     assert not set(HEAVY) & loaded_by(root, IMPORT_ONE, "deploy.run_config")
+
+
+@pytest.mark.parametrize(
+    "module", ["learner.health.monitor", "learner.health.nonfinite", "learner.health.settings"]
+)
+def test_health_monitor_judges_plain_numbers(root: Path, module: str) -> None:
+    assert not set(HEAVY) & loaded_by(root, IMPORT_ONE, module)
