@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,7 +146,7 @@ def learn_loop(
     )
     guard = _Guard(cut, rollback_after)
     done = cut.progress
-    try:
+    with _ended(cut, guard, save_when_lost=save_when_lost):
         publisher.claim(CLAIM_SECONDS)
         if checkpoint_on_start:
             cut.save()
@@ -166,13 +167,20 @@ def learn_loop(
                 saved = cut.save_if_due(checkpoint_seconds, asked=checkpoint_asked())
             yield _tick(cut, values, waited, seconds, checkpoint=saved, health=seen)
         _finish(cut, publisher, healthy=guard.healthy)
+
+
+@contextmanager
+def _ended(cut: _Cut, guard: _Guard, *, save_when_lost: bool) -> Iterator[None]:
+    """Save what there is when another rank is lost; stop batches and publisher in any case."""
+    try:
+        yield
     except RankLostError as error:
         if error.intact and save_when_lost and guard.healthy:
             cut.save_if_due(0.0, asked=True)
         raise
     finally:
-        batches.stop()
-        publisher.stop()
+        cut.batches.stop()
+        cut.publisher.stop()
 
 
 def _update(
@@ -283,7 +291,7 @@ class _Cut:
         metrics: Metrics,
     ) -> None:
         self.agent, self.publisher, self.progress, self.metrics = agent, publisher, progress, metrics
-        self._batches, self._store, self._signature, self._cuts = batches, store, signature, cuts
+        self.batches, self._store, self._signature, self._cuts = batches, store, signature, cuts
         self._health = health
         self._last = time.monotonic()
         self.saves = 0
@@ -296,7 +304,7 @@ class _Cut:
             return None
         name = self._store.next_name(self.progress.updates)
         # The rows are pinned before the checkpoint that needs them exists, and released after it is gone.
-        reader, rows = self._batches.snapshot(lambda: self._cuts.take(name) if self._cuts else None)
+        reader, rows = self.batches.snapshot(lambda: self._cuts.take(name) if self._cuts else None)
         state = {
             "agent": self.agent.state(),
             "reader": reader,
