@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.learning, pytest.mark.drill, pytest.mark.timeout(1800)
 
 
 def test_a_trained_cartpole_model_beats_copying_for_fifteen_steps() -> None:
-    options = argparse.Namespace(rows=20_000, updates=2_000)
+    options = argparse.Namespace(rows=20_000, updates=3_000)
     reports, _seconds = trial(0, options)
     trained, untrained, oracle = (reports[case] for case in ("trained", "untrained", "oracle"))
     assert trained.passed, trained.text()
