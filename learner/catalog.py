@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from learner.families.dreamer.config import DreamerConfig
-from learner.families.dreamer.facts import dreamer_facts
 from learner.families.dreamer.latents import latent_columns
+from learner.health.dreamer_facts import dreamer_facts
 from learner.health.facts import ModelFacts
 from system.errors import ConfigError
 from system.interfaces import Policy
