@@ -143,11 +143,11 @@ def reference_rollout(
     return torch.stack(deters), torch.stack(probs), torch.stack(stochs)
 
 
-ChooseSteps = Callable[..., Callable[..., tuple[Tensor, ...]]]
-"""(a loop body, arguments it will be called with) -> what to call."""
+LoopBody = Callable[..., tuple[Tensor, ...]]
+ChooseSteps = Callable[..., LoopBody]  # (a loop body, arguments it will be called with) -> what to call
 
 
-def as_it_is(body: Callable[..., tuple[Tensor, ...]], *args: Any) -> Callable[..., tuple[Tensor, ...]]:
+def as_it_is(body: LoopBody, *args: Any) -> LoopBody:
     del args
     return body
 
@@ -183,8 +183,7 @@ class _Rollout(torch.autograd.Function):
         before = (deter, stoch)
 
         def inputs(t: int) -> tuple[Any, ...]:
-            rows = (drive[t], projected[t], keep[t], uniform[t])
-            return (deter, stoch, *rows, core, posterior, unimix)
+            return (deter, stoch, drive[t], projected[t], keep[t], uniform[t], core, posterior, unimix)
 
         step = choose(observe_step, *inputs(0))
         for t in range(drive.shape[0]):
