@@ -95,6 +95,8 @@ def make_agent(
     `priority_signal`: the errors it writes back as replay priorities, if any.
     Raises: PreflightError when the device is absent.
     """
+    import torch
+
     from learner.capture import make_recorder
     from learner.compiled import make_compiler
     from learner.devices import resolve_device
@@ -102,6 +104,8 @@ def make_agent(
 
     _check(family, config)
     where = resolve_device(device)
+    if where.index is not None and where.type == "cuda":
+        torch.cuda.set_device(where)  # streams, graphs and page-locked memory go by the current device
     return DreamerAgent(
         config,
         env,
