@@ -109,6 +109,17 @@ class RankLink:
     def error(self) -> RankLostError:
         return rank_lost({self.rank: self.lost})
 
+    def lose(self, why: str) -> None:
+        """Count the rank as lost from now on; the first reason stays."""
+        if self.lost:
+            return
+        self.lost = why
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(queue.Full):
+            self._inbox.put_nowait(None)  # wakes whoever waits
+        self._on_lost(self.rank, why)
+
     def close(self) -> None:
         """End the connection in peace; the other end must expect it."""
         self._closing = True
@@ -145,9 +156,9 @@ class RankLink:
                 sent = self._socket.send(piece[:PIECE_BYTES])
             except TimeoutError:
                 if not self.lost and time.monotonic() > deadline:
-                    self._lose(f"it took no data for {self._silence:g} s")
+                    self.lose(f"it took no data for {self._silence:g} s")
             except OSError as error:
-                self._lose(_closed(error))
+                self.lose(_closed(error))
             else:
                 piece, deadline = piece[sent:], time.monotonic() + self._silence
             if self.lost:
@@ -159,16 +170,16 @@ class RankLink:
                 self._take(self._message())
         except _Ended as ended:
             if not self._closing:
-                self._lose(str(ended))
+                self.lose(str(ended))
         except (ValueError, KeyError, TypeError) as error:
-            self._lose(f"it sent what is no message ({error!r:.100})")
+            self.lose(f"it sent what is no message ({error!r:.100})")
 
     def _take(self, message: Message) -> None:
         if message.op == "beat":
             self.entered = int(message.tree)
             return
         if message.op == "failed":
-            self._lose(f"it failed: {message.tree}")
+            self.lose(f"it failed: {message.tree}")
             return
         self._closing |= message.op in LAST_WORDS
         while not (self.lost or self._stop.is_set()):
@@ -218,16 +229,6 @@ class RankLink:
             at += count
             self._heard = time.monotonic()
         return view
-
-    def _lose(self, why: str) -> None:
-        if self.lost:
-            return
-        self.lost = why
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        with contextlib.suppress(queue.Full):
-            self._inbox.put_nowait(None)  # wakes whoever waits
-        self._on_lost(self.rank, why)
 
 
 class _Ended(Exception):

@@ -105,7 +105,8 @@ class RankHub:
         """Raises: CollectiveError, RankLostError."""
         message = link.receive(watch.patience)
         if message is None:
-            raise CollectiveError(f"rank {link.rank} did not answer within {watch.patience:.0f} s")
+            link.lose(f"it did not answer within {watch.patience:.0f} s")
+            raise link.error()
         if message.op == "broken":
             raise CollectiveError(str(message.tree))
         assert message.op == op, (message.op, op)
