@@ -96,9 +96,10 @@ inline void gemm_rows(int64_t rows, const float *a, int64_t a_step, const float 
 // c [rows, n] = a [rows, k] b (+ bias [n], or + c itself); steps are floats from row to row.
 inline void gemm(int64_t rows, const float *a, int64_t a_step, const Packed &b, float *c, int64_t c_step,
                  const float *bias = nullptr, bool add = false) {
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, tall = tiles ? (rows + tiles - 1) / tiles : 0;
     for (int64_t j = 0; j < b.n; j += PANEL)
-        for (int64_t i = 0; i < rows; i += TILE_ROWS)
-            gemm_rows<TILE_ROWS>(std::min<int64_t>(TILE_ROWS, rows - i), a + i * a_step, a_step, b.data + j * b.k,
+        for (int64_t i = 0; i < rows; i += tall)
+            gemm_rows<TILE_ROWS>(std::min<int64_t>(tall, rows - i), a + i * a_step, a_step, b.data + j * b.k,
                                  b.k, c + i * c_step + j, c_step, bias ? bias + j : nullptr, add, b.n - j);
 }
 
@@ -138,9 +139,10 @@ inline void cross(int64_t rows, const float *a, int64_t a_step, int64_t m, const
     for (int64_t j = 0; j < n; j += PANEL) {
         const int64_t width = std::min<int64_t>(PANEL, n - j);
         for (int64_t p = 0; p < rows; p++) {
+            const float *from = b + p * b_step + j;
             float *to = space + j * rows + p * PANEL;
             if (width < PANEL) std::memset(to, 0, PANEL * sizeof(float));
-            std::memcpy(to, b + p * b_step + j, (size_t)width * sizeof(float));
+            each(width, [&](int64_t i, auto lanes) { store(to + i, load(from + i, lanes), lanes); });
         }
     }
     for (int64_t i = 0; i < m; i += TILE_ROWS) {
@@ -151,7 +153,9 @@ inline void cross(int64_t rows, const float *a, int64_t a_step, int64_t m, const
             if (count == TILE_ROWS)
                 std::memcpy(columns + p * TILE_ROWS, from, TILE_ROWS * sizeof(float));
             else
-                std::memcpy(columns + p * TILE_ROWS, from, (size_t)count * sizeof(float));
+                each(count, [&](int64_t k, auto lanes) {
+                    store(columns + p * TILE_ROWS + k, load(from + k, lanes), lanes);
+                });
         }
         for (int64_t j = 0; j < n; j += PANEL)
             cross_tile<TILE_ROWS>(count, columns, space + j * rows, rows, c + i * c_step + j, c_step,

@@ -8,6 +8,8 @@
 
 namespace {
 
+constexpr int64_t GROUPED_FLOATS = 4 << 20;  // what all groups' sums of weight gradients may take
+
 struct Weights {  // packed for the forward pass
     Packed deter_in, stoch_in, shared, read_in, logits;
     const float *stoch_rows;  // [Z, U]
@@ -185,17 +187,111 @@ struct Product {  // c [m, n] += a^T b over all rows
     float *c;
 };
 
-struct Column {  // out [n] = sum of the rows of `from`
+struct Column {  // out [n] += sum of the rows of `from`
     const float *from;
     int64_t step, n;
     float *out;
 };
 
-void sum_rows(const Column &column, int64_t rows, int64_t at) {
-    each(std::min<int64_t>(PANEL, column.n - at), [&](int64_t i, auto lanes) {
-        Vec total = {};
-        for (int64_t p = 0; p < rows; p++) total += load(column.from + p * column.step + at + i, lanes);
-        store(column.out + at + i, total, lanes);
+// Every weight gradient as a product or a sum over rows.
+struct WeightGrads {
+    std::vector<Product> products;
+    std::vector<Column> columns;
+
+    WeightGrads(const Rollout &a, const RolloutGrads &g) {
+        const int64_t D = a.deter, U = a.hidden, Z = a.stoch * a.classes, G = a.blocks, d = D / G;
+        products = {
+            {g.embedded, 2 * U, U, g.before, D, D, g.deter_in},
+            {g.embedded + U, 2 * U, U, g.before_stoch, Z, Z, g.stoch_in},
+            {g.inputs_active, 2 * U, 2 * U, g.pre_hidden, D, D, g.shared},
+            {g.read, U, U, a.out_deter, D, D, g.read_in},
+            {g.logits, Z, Z, g.read_active, U, U, g.logits_weight},
+        };
+        for (int64_t b = 0; b < G; b++) {
+            products.push_back({g.before + b * d, D, d, g.pre_hidden + b * d, D, d, g.own + b * d * d});
+            products.push_back({g.hidden_active + b * d, D, d, g.gates + b * 3 * d, 3 * D, 3 * d,
+                                g.gates_weight + b * d * 3 * d});
+        }
+        columns = {
+            {g.embedded, 2 * U, U, g.deter_bias},        {g.embedded + U, 2 * U, U, g.stoch_bias},
+            {g.in_scale_rows, 2 * U, 2 * U, g.in_scale}, {g.scale_rows, D, D, g.scale},
+            {g.gates, 3 * D, 3 * D, g.gates_bias},       {g.read_scale_rows, U, U, g.read_scale},
+            {g.logits, Z, Z, g.logits_bias},
+        };
+    }
+    int64_t size() const {
+        int64_t total = 0;
+        for (const Product &p : products) total += p.m * p.n;
+        for (const Column &c : columns) total += c.n;
+        return total;
+    }
+};
+
+void sum_rows(const Column &column, int64_t first, int64_t rows, int64_t at, int64_t count, float *out) {
+    for (int64_t p = first; p < first + rows; p++) {
+        const float *row = column.from + p * column.step + at;
+        each(count, [&](int64_t i, auto lanes) { store(out + i, load(out + i, lanes) + load(row + i, lanes), lanes); });
+    }
+}
+
+// Small weights: some groups of rows, each read once from end to end into sums of its own; groups are added in order.
+bool by_groups(const WeightGrads &grads, int64_t rows, int64_t groups, int64_t threads) {
+    const int64_t size = grads.size();
+    Scratch scratch;
+    float *sums = scratch.take(groups * size);
+    const bool enough = each_part(groups, threads, [&](int64_t group) {
+        const int64_t first = group * rows / groups, count = (group + 1) * rows / groups - first;
+        float *at = sums + group * size;
+        std::memset(at, 0, (size_t)size * sizeof(float));
+        int64_t widest = 0;
+        for (const Product &p : grads.products) widest = std::max(widest, p.n);
+        Scratch own;
+        float *space = own.take(cross_space(count, widest));
+        for (const Product &p : grads.products) {
+            cross(count, p.a + first * p.a_step, p.a_step, p.m, p.b + first * p.b_step, p.b_step, p.n, at, p.n, space);
+            at += p.m * p.n;
+        }
+        for (const Column &c : grads.columns) {
+            sum_rows(c, first, count, 0, c.n, at);
+            at += c.n;
+        }
+    });
+    const auto add = [&](const float *from, float *out, int64_t n) {
+        each(n, [&](int64_t i, auto lanes) {
+            Vec total = {};
+            for (int64_t group = 0; group < groups; group++) total += load(from + group * size + i, lanes);
+            store(out + i, total, lanes);
+        });
+    };
+    const float *at = sums;
+    for (const Product &p : grads.products) {
+        add(at, p.c, p.m * p.n);
+        at += p.m * p.n;
+    }
+    for (const Column &c : grads.columns) {
+        add(at, c.out, c.n);
+        at += c.n;
+    }
+    return enough;
+}
+
+// Large weights: one task per panel of columns, which goes through all rows.
+bool by_panels(const WeightGrads &grads, int64_t rows, int64_t threads) {
+    std::vector<std::pair<int64_t, int64_t>> tasks;  // product or, counted from -1 down, column; first column
+    for (size_t p = 0; p < grads.products.size(); p++)
+        for (int64_t j = 0; j < grads.products[p].n; j += PANEL) tasks.emplace_back((int64_t)p, j);
+    for (size_t c = 0; c < grads.columns.size(); c++)
+        for (int64_t j = 0; j < grads.columns[c].n; j += PANEL) tasks.emplace_back(-1 - (int64_t)c, j);
+    return each_part((int64_t)tasks.size(), threads, [&](int64_t task) {
+        const auto [which, j] = tasks[task];
+        if (which < 0) {
+            const Column &c = grads.columns[-1 - which];
+            return sum_rows(c, 0, rows, j, std::min<int64_t>(PANEL, c.n - j), c.out + j);
+        }
+        const Product &p = grads.products[which];
+        const int64_t width = std::min<int64_t>(PANEL, p.n - j);
+        Scratch space;
+        cross(rows, p.a, p.a_step, p.m, p.b + j, p.b_step, width, p.c + j, p.n, space.take(cross_space(rows, width)));
     });
 }
 
@@ -221,7 +317,7 @@ REGION rollout_backward(const Rollout *args, const RolloutGrads *grads) {
     const Rollout &a = *args;
     const RolloutGrads &g = *grads;
     if (a.bytes != sizeof a || g.bytes != sizeof g) return WRONG_MIRROR;
-    const int64_t D = a.deter, U = a.hidden, Z = a.stoch * a.classes, G = a.blocks, d = D / G, rows = a.time * a.batch;
+    const int64_t rows = a.time * a.batch;
     try {
         Scratch scratch;
         const Turned weights = pack_backward(a, scratch);
@@ -231,37 +327,10 @@ REGION rollout_backward(const Rollout *args, const RolloutGrads *grads) {
             backward_part(a, g, weights, first, (part + 1) * a.batch / parts - first);
         });
         if (!enough) return NO_MEMORY;
-        std::vector<Product> products = {
-            {g.embedded, 2 * U, U, g.before, D, D, g.deter_in},
-            {g.embedded + U, 2 * U, U, g.before_stoch, Z, Z, g.stoch_in},
-            {g.inputs_active, 2 * U, 2 * U, g.pre_hidden, D, D, g.shared},
-            {g.read, U, U, a.out_deter, D, D, g.read_in},
-            {g.logits, Z, Z, g.read_active, U, U, g.logits_weight},
-        };
-        for (int64_t b = 0; b < G; b++) {
-            products.push_back({g.before + b * d, D, d, g.pre_hidden + b * d, D, d, g.own + b * d * d});
-            products.push_back({g.hidden_active + b * d, D, d, g.gates + b * 3 * d, 3 * D, 3 * d, g.gates_weight + b * 3 * d * d});
-        }
-        const std::vector<Column> columns = {
-            {g.embedded, 2 * U, U, g.deter_bias},       {g.embedded + U, 2 * U, U, g.stoch_bias},
-            {g.in_scale_rows, 2 * U, 2 * U, g.in_scale}, {g.scale_rows, D, D, g.scale},
-            {g.gates, 3 * D, 3 * D, g.gates_bias},       {g.read_scale_rows, U, U, g.read_scale},
-            {g.logits, Z, Z, g.logits_bias},
-        };
-        // One task per panel of columns: each is summed by one thread in the order of rows.
-        std::vector<std::pair<int64_t, int64_t>> tasks;
-        for (size_t p = 0; p < products.size(); p++)
-            for (int64_t j = 0; j < products[p].n; j += PANEL) tasks.emplace_back((int64_t)p, j);
-        for (size_t c = 0; c < columns.size(); c++)
-            for (int64_t j = 0; j < columns[c].n; j += PANEL) tasks.emplace_back(-1 - (int64_t)c, j);
-        return each_part((int64_t)tasks.size(), a.threads, [&](int64_t task) {
-            const auto [which, j] = tasks[task];
-            if (which < 0) return sum_rows(columns[-1 - which], rows, j);
-            Scratch space;
-            const Product &p = products[which];
-            cross(rows, p.a, p.a_step, p.m, p.b + j, p.b_step, std::min<int64_t>(PANEL, p.n - j), p.c + j, p.n,
-                  space.take(cross_space(rows, PANEL)));
-        }) ? DONE : NO_MEMORY;
+        const WeightGrads out(a, g);
+        // By shape alone, so that no bit depends on the number of threads.
+        const int64_t groups = std::min<int64_t>(8, std::min(GROUPED_FLOATS / out.size(), rows / 32));
+        return (groups > 1 ? by_groups(out, rows, groups, a.threads) : by_panels(out, rows, a.threads)) ? DONE : NO_MEMORY;
     } catch (const std::bad_alloc &) {
         return NO_MEMORY;
     }

@@ -22,8 +22,8 @@ struct Rollout {
 struct RolloutGrads {
     int64_t bytes;
     const float *by_deter, *by_probs, *by_stoch;  // [T, B, D | Z | Z]
-    // By row: gradients of pre-activations; `pre_hidden` is also that of drive, `read` that of projected.
-    float *logits, *read, *gates, *pre_hidden, *embedded;  // [T, B, Z | U | 3D | D | 2U]
+    // By row: gradients of pre-activations; `read` is also that of projected, `pre_hidden` that of drive.
+    float *read, *pre_hidden, *logits, *gates, *embedded;  // [T, B, U | D | Z | 3D | 2U]
     float *before, *before_stoch;                          // inputs of each step, masked: [T, B, D | Z]
     float *read_active, *hidden_active, *inputs_active;    // after norm and SiLU: [T, B, U | D | 2U]
     float *read_scale_rows, *scale_rows, *in_scale_rows;   // shares of the gradients of norm scales

@@ -188,11 +188,11 @@ def test_no_bit_depends_on_the_number_of_threads() -> None:
     def everything(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         case, policy = Case(seed=3), POLICIES["normals"]
-        args, core, posterior = case.rollout(5, 11), case.core(), case.posterior()
+        args, core, posterior = case.rollout(9, 11), case.core(), case.posterior()
         leaves((args[2], args[3]), core, posterior)
         by = (
-            case.normal(5, 11, case.deter),
-            *(case.normal(5, 11, case.classes, case.stoch) for _ in range(2)),
+            case.normal(9, 11, case.deter),
+            *(case.normal(9, 11, case.classes, case.stoch) for _ in range(2)),
         )
         out, grads = roll(posterior_rollout, case, args, core, posterior, by)
         imagined, traces, heads, weights = learn(case, "normals", (2, 2, 1, 1, 1), 2 * CHUNK + 3, 3)
