@@ -11,7 +11,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from bench.load import Load, Row
 from learner.catalog import make_agent, make_config, overlay_columns
+from learner.evaluation.compounding import Curve, compounding, predict
 from learner.evaluation.harness import WorldModelReport, evaluate_model
 from learner.evaluation.oracle import OracleModel
 from learner.evaluation.rows import rows_of
@@ -35,8 +38,11 @@ from system.specs import ArraySpec, EnvSpec, TableSpec
 from system.weights import NO_VERSION, Weights
 
 ENV = "gym:CartPole-v1"
-ENVS, SEEN, HORIZON, SEQUENCES = 16, 10, 50, 64
+ENVS, HORIZON, SEQUENCES = 16, 50, 64
 BATCH, LENGTH, CONTEXT = 16, 32, 1
+SEEN, COLD = LENGTH, 10
+"""Rows seen before predicting. Judged rows come without latents, so the filter starts from nothing, which no
+training sequence does: it has settled after as many rows as those have. After COLD rows it has not."""
 CASES = ("trained", "untrained", "oracle")
 
 
@@ -122,8 +128,18 @@ def judge(agent: DreamerAgent, spec: EnvSpec, sequence: Sequence, seed: int) -> 
     return {"model": told, "oracle": truth}
 
 
-def trial(seed: int, options: argparse.Namespace) -> tuple[dict[str, WorldModelReport], float]:
-    """(reports of trained, untrained and oracle on rows of another seed, seconds of training)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One seed. Made by `trial`, taken by `rows` and `prove`."""
+
+    seed: int
+    reports: dict[str, WorldModelReport]  # of CASES, on rows of another seed
+    cold_horizon: int  # useful horizon of the trained model after COLD rows, from no state at all
+    seconds: float  # of training
+
+
+def trial(seed: int, options: argparse.Namespace) -> Trial:
+    """Train on real rows and judge on others."""
     settings = {"size": "nano"}
     config = make_config("dreamer", settings)
     spec, replay = collect(options.rows, child_seed(seed, "rows"), settings, BATCH, LENGTH)
@@ -139,9 +155,20 @@ def trial(seed: int, options: argparse.Namespace) -> tuple[dict[str, WorldModelR
             replay.write_back(write_back)
     taken = time.perf_counter() - begun
     trained = judge(agent, spec, sequence, seed)
-    return {
-        "trained": trained["model"], "untrained": untrained["model"], "oracle": trained["oracle"]
-    }, taken  # fmt: skip
+    cold = predict(agent.model, rows_of(agent, sequence, COLD), torch.Generator().manual_seed(seed))
+    return Trial(
+        seed=seed,
+        reports={
+            "trained": trained["model"], "untrained": untrained["model"], "oracle": trained["oracle"]
+        },
+        cold_horizon=compounding(agent.model, cold)["obs"].useful_horizon,
+        seconds=taken,
+    )  # fmt: skip
+
+
+def _alike(report: WorldModelReport) -> Curve:
+    """The curve in which every entry counts alike."""
+    return next(curve for key, curve in report.curves.items() if key.endswith("/each"))
 
 
 def figures(report: WorldModelReport) -> dict[str, tuple[float, str, float | None]]:
@@ -149,6 +176,7 @@ def figures(report: WorldModelReport) -> dict[str, tuple[float, str, float | Non
     curve = report.main
     found: dict[str, tuple[float, str, float | None]] = {
         "useful_horizon": (float(curve.useful_horizon), "steps", None),
+        "useful_horizon_each": (float(_alike(report).useful_horizon), "steps", None),
         "better_than_mean": (float(curve.better_than_mean), "steps", None),
         "one_step_error": (float(curve.one_step.mean()), "std", float(curve.one_step_copy.mean())),
         "filtered_error": (float(curve.filtered.mean()), "std", None),
@@ -172,48 +200,41 @@ def figures(report: WorldModelReport) -> dict[str, tuple[float, str, float | Non
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """Medians over the seeds, of a trained model, an untrained one and the simulator; ratio to copying."""
     with Load() as load:
-        told_of = list(_trials(options))
-    found, seconds = [reports for _, reports, _ in told_of], [taken for _, _, taken in told_of]
+        trials = list(_trials(options))
     for case in CASES:
-        told = [figures(reports[case]) for reports in found]
-        for metric in told[0]:
+        told = [figures(one.reports[case]) for one in trials]
+        for metric, (_, unit, _) in told[0].items():
             values = [one[metric][0] for one in told if metric in one]
-            copies = [one[metric][2] for one in told if metric in one]
-            ratios = [v / c for v, c in zip(values, copies, strict=True) if c]
-            yield Row(
-                bench="world_model", case=case, metric=metric, value=statistics.median(values),
-                unit=told[0][metric][1], ratio=statistics.median(ratios) if ratios else None,
-                ratio_to="copy_last" if ratios else None, n=len(values), spread=_spread(values),
-                foreign_load=load.foreign,
-            )  # fmt: skip
-        passed = [float(reports[case].passed) for reports in found]
-        yield Row(
-            bench="world_model",
-            case=case,
-            metric="passed",
-            value=statistics.fmean(passed),
-            unit="share",
-            n=len(passed),
-        )
-    yield Row(
-        bench="world_model", case="trained", metric="train_seconds", value=statistics.median(seconds),
-        unit="s", n=len(seconds), spread=_spread(seconds), foreign_load=load.foreign,
+            ratios = [one[metric][0] / copy for one in told if metric in one and (copy := one[metric][2])]
+            row = _row(case, metric, unit, values, load)
+            yield replace(row, ratio=statistics.median(ratios), ratio_to="copy_last") if ratios else row
+        yield _row(case, "passed", "share", [float(one.reports[case].passed) for one in trials], load, fmean)
+    yield _row(
+        "trained", f"useful_horizon_seen_{COLD}", "steps", [float(t.cold_horizon) for t in trials], load
+    )
+    yield _row("trained", "train_seconds", "s", [one.seconds for one in trials], load)
+
+
+def _row(
+    case: str, metric: str, unit: str, values: list[float], load: Load,
+    middle: Callable[[list[float]], float] = statistics.median,
+) -> Row:  # fmt: skip
+    """One figure of all seeds; spread: from the least to the largest, over the middle one."""
+    value = middle(values)
+    return Row(
+        bench="world_model", case=case, metric=metric, value=value, unit=unit, n=len(values),
+        spread=(max(values) - min(values)) / abs(value) if value else 0.0, foreign_load=load.foreign,
     )  # fmt: skip
 
 
-def _spread(values: list[float]) -> float:
-    middle = statistics.median(values)
-    return (max(values) - min(values)) / abs(middle) if middle else 0.0
-
-
-def _trials(options: argparse.Namespace) -> Iterator[tuple[int, dict[str, WorldModelReport], float]]:
-    """(seed, reports by case, seconds of training) of each seed, told on stderr as they come."""
+def _trials(options: argparse.Namespace) -> Iterator[Trial]:
+    """Each seed, told on stderr as it comes."""
     torch.set_num_threads(options.threads)
     for seed in map(int, options.seeds.split(",")):
-        reports, taken = trial(seed, options)
-        for case, report in reports.items():
+        one = trial(seed, options)
+        for case, report in one.reports.items():
             print(f"seed {seed} {case}: {report.text()}", file=sys.stderr, flush=True)
-        yield seed, reports, taken
+        yield one
 
 
 def prove(arguments: list[str]) -> int:
@@ -226,12 +247,13 @@ def prove(arguments: list[str]) -> int:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     failed = 0
-    for seed, reports, taken in _trials(options):
-        untrained = reports["untrained"]
+    for one in _trials(options):
+        untrained = one.reports["untrained"]
         fooled = [c.name for c in untrained.checks if c.name in untrained.scores and c.passed]
-        passed = reports["trained"].passed and reports["oracle"].passed and untrained.sound and not fooled
+        passed = all(one.reports[case].passed for case in ("trained", "oracle"))
+        passed = passed and untrained.sound and not fooled
         failed += not passed
-        told = {case: {k: v[0] for k, v in figures(report).items()} for case, report in reports.items()}
-        line = {"case": "worldmodel", "seed": seed, "passed": passed, "train_seconds": taken, **told}
-        print(json.dumps(line), flush=True)
+        told = {case: {k: v[0] for k, v in figures(report).items()} for case, report in one.reports.items()}
+        line = {"case": "worldmodel", "seed": one.seed, "passed": passed, "train_seconds": one.seconds}
+        print(json.dumps(line | {f"horizon_seen_{COLD}": one.cold_horizon} | told), flush=True)
     return failed

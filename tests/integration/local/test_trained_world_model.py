@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.learning, pytest.mark.drill, pytest.mark.timeout(1800)
 
 def test_a_trained_cartpole_model_beats_copying_for_fifteen_steps() -> None:
     options = argparse.Namespace(rows=20_000, updates=3_000)
-    reports, _seconds = trial(0, options)
+    reports = trial(0, options).reports
     trained, untrained, oracle = (reports[case] for case in ("trained", "untrained", "oracle"))
     assert trained.passed, trained.text()
     assert trained.main.useful_horizon >= 15
