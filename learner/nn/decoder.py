@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learner.nn.encoder import ImageGroup, flat_size, flatten, in_chunks, over_channels, split_obs
+from learner.nn.encoder import ImageGroup, flat_size, flatten, in_chunks, joined, over_channels, split_obs
 from learner.nn.layers import MLP, BlockLinear, Conv, Linear, NormSilu
 from learner.nn.twohot import symexp
+from learner.nn.vision import Level, parity_fold, reconstruct, trainable
 from system.specs import ArraySpec
 
 
@@ -53,16 +54,30 @@ class Decoder(nn.Module):
         Vectors: symlog values [..., *shape]; discrete: logits [..., *shape, classes]; images: pixels in
         [0, 1], [..., H, W, C].
         """
+        out = self._vector_outputs(feat)
+        for group, cnn in zip(self.images, self.cnn, strict=True):
+            pixels = cnn(feat.flatten(0, -2)).float()  # [N, H, W, C]
+            pixels = pixels.view(*feat.shape[:-1], *pixels.shape[1:])
+            out |= dict(zip(group.keys, pixels.split(group.channels, -1), strict=True))
+        return out
+
+    def _vector_outputs(self, feat: Tensor) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         if self.vectors:
             x = self.mlp(feat)
             for (key, spec), head in zip(self.vectors.items(), self.heads, strict=True):
                 classes = (spec.classes,) if spec.kind == "discrete" else ()
                 out[key] = head(x).float().view(*feat.shape[:-1], *spec.shape, *classes)
+        return out
+
+    def reconstruction(self, feat: Tensor, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Loss per key [...] of the outputs for feat [..., F]: `losses` of `forward`."""
+        if not (self.images and trainable(feat)):
+            return self.losses(self(feat), obs, feat.dim() - 1)
+        out = self.losses(self._vector_outputs(feat), obs, feat.dim() - 1)
         for group, cnn in zip(self.images, self.cnn, strict=True):
-            pixels = cnn(feat.flatten(0, -2)).float()  # [N, H, W, C]
-            pixels = pixels.view(*feat.shape[:-1], *pixels.shape[1:])
-            out |= dict(zip(group.keys, pixels.split(group.channels, -1), strict=True))
+            sums = cnn.errors(feat.flatten(0, -2), joined(obs, group).flatten(0, -4))  # type: ignore[operator]
+            out |= dict(zip(group.keys, sums.view(*feat.shape[:-1], -1).unbind(-1), strict=True))
         return out
 
     def losses(self, raw: Mapping[str, Tensor], obs: Mapping[str, Tensor], lead: int) -> dict[str, Tensor]:
@@ -110,6 +125,7 @@ class ImageDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.side, self.grid, self.blocks, self.deter = group.side, group.grid, blocks, deter
+        self.channels = group.channels
         self.depth = depths[-1]
         assert self.depth % blocks == 0, (self.depth, blocks)
         size = group.grid[0] * group.grid[1] * self.depth
@@ -123,15 +139,25 @@ class ImageDecoder(nn.Module):
 
     def forward(self, feat: Tensor) -> Tensor:
         """Pixels [N, H, W, C] in [0, 1] for feat [N, F]."""
+        return in_chunks(self.plain, self._maps(feat))
+
+    def errors(self, feat: Tensor, image: Tensor) -> Tensor:
+        """Squared errors [N, keys] summed over pixels, for feat [N, F] and uint8 images [N, H, W, C]."""
+        norms = [*(norm.scale for norm in self.norm), None]
+        levels = [Level(up.conv.weight, up.conv.bias, s) for up, s in zip(self.conv, norms, strict=True)]  # type: ignore[arg-type, union-attr]
+        return reconstruct(self._maps(feat), image, self.channels, levels)
+
+    def _maps(self, feat: Tensor) -> Tensor:
+        """Small maps [N, h, w, C] from which the images grow."""
         height, width = self.grid
         spatial = self.from_deter(feat[:, : self.deter])  # [N, G * h * w * c]
         spatial = spatial.view(-1, self.blocks, height, width, self.depth // self.blocks)
         spatial = spatial.permute(0, 2, 3, 1, 4).reshape(-1, height, width, self.depth)
         hidden = self.from_stoch(self.stoch_hidden(feat[:, self.deter :]))
-        x = self.norm_in(spatial + hidden.view_as(spatial))
-        return in_chunks(self._grow, x)
+        return self.norm_in(spatial + hidden.view_as(spatial))
 
-    def _grow(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
+        """Pixels [N, H, W, C] grown from maps x [N, h, w, C]."""
         x = x.permute(0, 3, 1, 2)  # [N, C, h, w], channels last in memory
         for conv, norm in zip(self.conv[:-1], self.norm, strict=True):
             x = over_channels(norm, conv(x))
@@ -160,14 +186,3 @@ class UpConv(nn.Module):
         weight = torch.einsum("ayk,bxl,ockl->oabcyx", self.fold, self.fold, self.conv.weight).flatten(0, 2)
         bias = self.conv.bias.repeat_interleave(4)
         return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=self.fold.shape[1] // 2), 2)
-
-
-def parity_fold(kernel: int) -> Tensor:
-    """[2, r, kernel]: 1 where kernel entry k, seen from an output pixel of parity a, reads offset r."""
-    reach = kernel // 2
-    low = (reach + 1) // 2
-    fold = torch.zeros(2, 2 * low + 1, kernel)
-    for parity in range(2):
-        for entry in range(kernel):
-            fold[parity, (parity + entry - reach) // 2 + low, entry] = 1.0
-    return fold

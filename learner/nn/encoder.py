@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from learner.nn.categorical import one_hot
 from learner.nn.layers import MLP, Conv, NormSilu
 from learner.nn.twohot import symlog
+from learner.nn.vision import Level, encode, trainable
 from system.errors import SchemaError
 from system.specs import ArraySpec
 
@@ -110,10 +111,16 @@ class Encoder(nn.Module):
         if self.vectors:
             parts.append(self.mlp(torch.cat([flatten(obs[k], s) for k, s in self.vectors.items()], -1)))
         for group, cnn in zip(self.images, self.cnn, strict=True):
-            image = torch.cat([obs[key] for key in group.keys], -1)  # [..., H, W, C]
+            image = joined(obs, group)  # [..., H, W, C]
             tokens = cnn(image.flatten(0, -4))  # [N, E]
             parts.append(tokens.view(*image.shape[:-3], -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def joined(obs: Mapping[str, Tensor], group: ImageGroup) -> Tensor:
+    """The images of a group [..., H, W, C], side by side in their channels."""
+    images = [obs[key] for key in group.keys]
+    return images[0] if len(images) == 1 else torch.cat(images, -1)
 
 
 def flatten(value: Tensor, spec: ArraySpec) -> Tensor:
@@ -136,9 +143,16 @@ class ImageEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Tokens [N, E] of uint8 images [N, H, W, C]."""
-        return in_chunks(self._encode, image)
+        if trainable(image):
+            return encode(image, self.pad, self._levels()).flatten(1)
+        return in_chunks(self.plain, image)
 
-    def _encode(self, image: Tensor) -> Tensor:
+    def _levels(self) -> list[Level]:
+        pairs = zip(self.conv, self.norm, strict=True)
+        return [Level(conv.weight, conv.bias, norm.scale) for conv, norm in pairs]  # type: ignore[arg-type]
+
+    def plain(self, image: Tensor) -> Tensor:
+        """What `forward` computes, as the paper says it."""
         x = image.permute(0, 3, 1, 2).float() / 255.0 - 0.5  # [N, C, H, W], channels last in memory
         if any(self.pad):
             x = F.pad(x, (0, self.pad[0], 0, self.pad[1]))

@@ -109,7 +109,7 @@ class DreamerWorldModel(nn.Module):
         feat = features(states)  # [B, T, F]
         prior = self.rssm.prior.probs(states["deter"])
         dyn, rep = free_nats_kl(states["probs"], prior, self.free_nats)
-        recons = self.decoder.losses(self.decoder(feat), batch["obs"], 2)  # each [B, T]
+        recons = self.decoder.reconstruction(feat, batch["obs"])  # each [B, T]
         losses = {f"obs/{key}": value for key, value in recons.items()}
         weights = dict.fromkeys(losses, self.scales.reconstruction)
         losses |= {"dyn": dyn, "rep": rep} | self._outcome_losses(feat, batch)

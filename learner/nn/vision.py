@@ -1,0 +1,388 @@
+"""The convolutions of image encoder and decoder with their gradients written out, for training on CPUs.
+
+Between the observations and `learner.nn.{encoder,decoder}`, whose plain code says the same under autograd and
+is the oracle of the tests. Convolutions of a few channels are cheap; what costs is every pass over memory in
+between. Hence: few images at a time, so that what one operation leaves the next finds in cache; channels
+last, as the convolutions want them; norms by products with small block matrices, since sums over eight
+channels and their spreading are slow as reductions and broadcasts; pixels shuffled in runs of channels; the
+gradient of the image loss computed with the loss.
+
+Where several of four pooled values are the largest, the gradient goes to the first row's, then the first
+column's. Letters: N images, H, W sides of a level, C inputs, O outputs of a convolution, P pixels, r pixels
+side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from learner.nn.layers import ROOT_EPS
+
+CHUNK = 16  # images of 64x64 pixels per pass: measured best
+LANES = 16  # float32 values of a vector register; convolutions to fewer channels leave some idle
+MIDDLE = 127.5  # pixels are read as (pixel - 127.5) / 255
+NORM_WIDTH = 64  # channels of pixels side by side, at most, in a product with a block matrix
+
+
+class Level(NamedTuple):
+    """One convolution of an encoder or decoder; scale is None after a decoder's last."""
+
+    weight: Tensor  # [O, C, k, k]
+    bias: Tensor  # [O]
+    scale: Tensor | None  # [O]
+
+
+def trainable(x: Tensor) -> bool:
+    """Whether a training pass over x may go through this file."""
+    return (
+        x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def encode(image: Tensor, pad: tuple[int, int], levels: Sequence[Level]) -> Tensor:
+    """Last feature maps [N, H, W, O] of uint8 images [N, H, W, C], zero-padded by (right, below).
+
+    Each level: convolution, 2x2 max pooling, RMS norm over channels, SiLU.
+    """
+    flat = [tensor for level in levels for tensor in level]
+    return _Encode.apply(image, pad, *flat)  # type: ignore[return-value]
+
+
+def reconstruct(x: Tensor, image: Tensor, channels: Sequence[int], levels: Sequence[Level]) -> Tensor:
+    """Squared errors [N, keys] of images grown from maps x [N, h, w, C], summed over each key's pixels.
+
+    image [N, H, W, sum(channels)], uint8; what grows beyond it counts nothing. Each level but the last:
+    repeat pixels to 2x2, convolution, RMS norm over channels, SiLU; the last has a sigmoid instead.
+    """
+    flat = [tensor for level in levels for tensor in level]
+    return _Reconstruct.apply(x, image, tuple(channels), *flat)  # type: ignore[return-value]
+
+
+def parity_fold(kernel: int) -> Tensor:
+    """[2, r, kernel]: 1 where kernel entry k, seen from an output pixel of parity a, reads offset r."""
+    return pair_fold(kernel).sum(1)
+
+
+def pair_fold(kernel: int) -> Tensor:
+    """[2, 2, r, kernel]: 1 where entry k, seen from parity a, reads the pixel of parity b of pair r."""
+    reach = kernel // 2
+    low = (reach + 1) // 2
+    fold = torch.zeros(2, 2, 2 * low + 1, kernel)
+    for parity in range(2):
+        for entry in range(kernel):
+            at = parity + entry - reach
+            fold[parity, at % 2, at // 2 + low, entry] = 1.0
+    return fold
+
+
+class _Conv:
+    """A convolution as computed: channels last, its weights folded by a constant linear map."""
+
+    def __init__(self, fold: str, maps: Sequence[Tensor], level: Level, copies: int) -> None:
+        """`fold`: einsum of maps and weight to [groups..., O, groups..., C, rows, columns], as "a,b->out"."""
+        self._inputs, self._result = fold.split("->")
+        self._maps, self._copies, self._shape = maps, copies, level.weight.shape
+        folded = torch.einsum(fold, *maps, level.weight)
+        self._folded = folded.shape
+        rows, columns = folded.shape[-2:]
+        weight = folded.reshape(copies * level.weight.shape[0], -1, rows, columns)
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = level.bias.repeat(copies)
+        self.padding = [rows // 2, columns // 2]
+        self.weight_grad = torch.zeros_like(self.weight)
+        self.bias_grad = torch.zeros_like(self.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, H, W, outputs] of x [N, H, W, inputs]."""
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=self.padding)
+        return y.permute(0, 2, 3, 1).contiguous()
+
+    def back(self, grad: Tensor, x: Tensor, to_input: bool) -> Tensor | None:
+        """Add to the weights' gradients; return that of x if asked."""
+        by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
+            grad.permute(0, 3, 1, 2),
+            x.permute(0, 3, 1, 2),
+            self.weight,
+            [self.bias.shape[0]],
+            [1, 1],
+            self.padding,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [to_input, True, True],
+        )
+        self.weight_grad += by_weight
+        self.bias_grad += by_bias
+        return by_x.permute(0, 2, 3, 1).contiguous() if to_input else None
+
+    def grads(self) -> tuple[Tensor, Tensor]:
+        """Gradients of the level's weight and bias: the fold's transpose of what has been added up."""
+        *maps, own = self._inputs.split(",")
+        back = f"{','.join([*maps, self._result])}->{own}"
+        weight = torch.einsum(back, *self._maps, self.weight_grad.reshape(self._folded))
+        return weight, self.bias_grad.view(self._copies, -1).sum(0)
+
+
+class _Norm:
+    """RMS norm over channels and SiLU of pixels [P, O], r of them side by side in a row of a product."""
+
+    def __init__(self, scale: Tensor, pixels: int) -> None:
+        """`pixels` per image; r divides them."""
+        size = scale.shape[0]
+        fits = [r for r in (4, 2) if pixels % r == 0 and r * size <= NORM_WIDTH]
+        self._side = fits[0] if fits else 1
+        self._blocks = torch.eye(self._side).repeat_interleave(size, 0)  # [r * O, r], sums over channels
+        self._mean = self._blocks / size
+        scales = scale.repeat(self._side).unsqueeze(1)  # [r * O, 1]
+        self._scaled_mean = self._mean * scales
+        self._spread = (self._blocks * scales).t().contiguous()  # [r, r * O]
+        self._flat_spread = self._blocks.t().contiguous()
+        self._grad = torch.zeros_like(self._blocks)
+
+    def before(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(y [..., O] normed and scaled, as rows [R, r * O]; inverses of the root mean squares [R, r])."""
+        rows = y.view(-1, self._blocks.shape[0])
+        inverse = torch.mm(rows * rows, self._mean).add_(ROOT_EPS**2).rsqrt_()
+        return torch.mm(inverse, self._spread).mul_(rows), inverse
+
+    def back(self, grad: Tensor, y: Tensor, inverse: Tensor) -> Tensor:
+        """Gradient of y, in its shape, from that of what `before` returned; adds to the scale's."""
+        rows, grad = y.view(-1, self._blocks.shape[0]), grad.view(-1, self._blocks.shape[0])
+        product = grad * rows
+        self._grad.addmm_(product.t(), inverse)
+        along = torch.mm(product, self._scaled_mean).mul_(inverse**3)
+        out = torch.mm(inverse, self._spread).mul_(grad)
+        return out.addcmul_(rows, torch.mm(along, self._flat_spread), value=-1.0).view(y.shape)
+
+    def grads(self) -> Tensor:
+        """Gradient of the scale."""
+        return (self._grad * self._blocks).sum(1).view(self._side, -1).sum(0)
+
+
+def _silu_back(grad: Tensor, before: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward(grad, before)
+
+
+def _pool(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest of each 2x2 pixels [N, H / 2, W / 2, O] of y [N, H, W, O], larger of each two rows)."""
+    images, height, width, outputs = y.shape
+    rows = y.view(images, height // 2, 2, width * outputs)
+    taller = torch.maximum(rows[:, :, 0], rows[:, :, 1]).view(-1, 2, outputs)
+    return torch.maximum(taller[:, 0], taller[:, 1]).view(images, height // 2, width // 2, outputs), taller
+
+
+def _pool_back(grad: Tensor, y: Tensor, taller: Tensor) -> Tensor:
+    """Gradient of y [N, H, W, O] from that of the first result of `_pool(y)`; ties go to the first entry."""
+    grad = grad.view(-1, y.shape[3])
+    by_taller, by_y = torch.empty_like(taller), torch.empty_like(y)
+    # In short runs this operation branches, so it gets memory of its own there.
+    second = torch.ops.aten.threshold_backward(grad, taller[:, 1] - taller[:, 0], 0.0)  # grad where > 0
+    by_taller[:, 1] = second
+    torch.sub(grad, second, out=by_taller[:, 0])
+    rows = y.view(*y.shape[:1], y.shape[1] // 2, 2, -1)
+    grad, (first, second) = by_taller.view_as(rows[:, :, 0]), by_y.view(rows.shape).unbind(2)
+    lead = rows[:, :, 1] - rows[:, :, 0]
+    torch.ops.aten.threshold_backward.grad_input(grad, lead, 0.0, grad_input=second)
+    torch.sub(grad, second, out=first)
+    return by_y
+
+
+class _EncoderLevel:
+    """Convolution, pooling, norm, SiLU; to few channels, two columns of pixels are convolved side by side."""
+
+    def __init__(self, level: Level, pixels: int) -> None:
+        kernel, self.outputs = level.weight.shape[-1], level.weight.shape[0]
+        assert level.scale is not None
+        self.copies = 2 if self.outputs < LANES else 1
+        if self.copies == 2:
+            # Letters: a, b columns of a pair; x pairs apart; k, l entries of the kernel.
+            self.conv = _Conv("abxl,ockl->aobckx", [pair_fold(kernel)], level, 2)
+        else:
+            self.conv = _Conv("ockl->ockl", [], level, 1)
+        self.norm = _Norm(level.scale, pixels)
+
+    def _pairs(self, x: Tensor) -> Tensor:
+        """Pixels x [N, H, W, C] as [N, H, W / 2, 2 C] where two columns are one: a view."""
+        return x.view(*x.shape[:2], x.shape[2] // self.copies, -1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(features [N, H / 2, W / 2, O] of x [N, H, W, C], what `back` wants)."""
+        y = self.conv(self._pairs(x)).view(*x.shape[:3], self.outputs)
+        pooled, taller = _pool(y)
+        before, inverse = self.norm.before(pooled)
+        return F.silu(before, inplace=True).view(pooled.shape), (x, y, taller, pooled, inverse)
+
+    def back(self, grad: Tensor, saved: Sequence[Tensor], to_input: bool) -> Tensor | None:
+        """Gradient of x if asked, from that of the features."""
+        x, y, taller, pooled, inverse = saved
+        before = self.norm.before(pooled)[0]
+        grad = _silu_back(grad.reshape(before.shape), before)
+        grad = _pool_back(self.norm.back(grad, pooled, inverse), y, taller)
+        by_x = self.conv.back(self._pairs(grad), self._pairs(x), to_input)
+        return None if by_x is None else by_x.view(x.shape)
+
+
+class _DecoderLevel:
+    """Repeat to 2x2 and convolve at low resolution; norm and SiLU but for the last level."""
+
+    def __init__(self, level: Level) -> None:
+        fold = parity_fold(level.weight.shape[-1])
+        self.outputs = level.weight.shape[0]
+        # Letters: a, b parities; y, x low-resolution offsets; k, l entries of the kernel.
+        self.conv = _Conv("ayk,bxl,ockl->abocyx", [fold, fold], level, 4)
+        self.norm = None if level.scale is None else _Norm(level.scale, 4)
+
+    def _shuffled(self, y: Tensor) -> Tensor:
+        """[N, h, w, (a, b, O)] as [N, h, a, w, (b, O)], the pixels in their places: a view."""
+        return y.unflatten(-1, (2, -1)).transpose(2, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """([N, 2h, 2w, O] of x [N, h, w, C], what `back` wants)."""
+        assert self.norm is not None
+        y = self.conv(x)  # [N, h, w, 4 O]
+        before, inverse = self.norm.before(y)
+        out = self._shuffled(F.silu(before, inplace=True).view(y.shape)).contiguous()
+        return out.view(x.shape[0], 2 * x.shape[1], 2 * x.shape[2], -1), (x, y, inverse)
+
+    def back(self, grad: Tensor, saved: Sequence[Tensor]) -> Tensor:
+        """Gradient of x from that of the result."""
+        assert self.norm is not None
+        x, y, inverse = saved
+        images, height, width, _ = x.shape
+        before = self.norm.before(y)[0]
+        grad = grad.view(images, height, 2, width, -1).transpose(2, 3).reshape(before.shape)
+        by_x = self.conv.back(self.norm.back(_silu_back(grad, before), y, inverse), x, True)
+        assert by_x is not None
+        return by_x
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, pad: tuple[int, int], *flat: Tensor) -> Tensor:
+        height, width = image.shape[1] + pad[1], image.shape[2] + pad[0]
+        levels = _encoder_levels(flat, height, width)
+        parts: list[Tensor] = []
+        saved: list[Tensor] = []
+        for chunk in image.split(CHUNK):
+            x = torch.sub(chunk, MIDDLE)
+            if any(pad):
+                x = F.pad(x, (0, 0, 0, pad[0], 0, pad[1]))
+            for level in levels:
+                x, kept = level.forward(x)
+                saved += kept
+            parts.append(x)
+        ctx.save_for_backward(*flat, *saved)
+        ctx.sides, ctx.count = (height, width), len(flat)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        flat, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        levels = _encoder_levels(flat, *ctx.sides)
+        step = 5 * len(levels)  # tensors kept per chunk
+        for n, chunk in enumerate(grads[0].split(CHUNK)):
+            kept, grad = saved[n * step : (n + 1) * step], chunk
+            for at in reversed(range(len(levels))):
+                assert grad is not None
+                grad = levels[at].back(grad, kept[5 * at : 5 * at + 5], at > 0)
+        out: list[Tensor] = []
+        for at, level in enumerate(levels):
+            weight, bias = level.conv.grads()
+            out += [weight if at else weight / 255.0, bias, level.norm.grads()]
+        return (None, None, *out)
+
+
+def _levels(flat: Sequence[Any]) -> list[Level]:
+    return [Level(*flat[at : at + 3]) for at in range(0, len(flat), 3)]
+
+
+def _encoder_levels(flat: Sequence[Any], height: int, width: int) -> list[_EncoderLevel]:
+    """`height` and `width` of padded images. Pixels are not divided by 255: the first weights are."""
+    first, *rest = _levels(flat)
+    levels = [first._replace(weight=first.weight / 255.0), *rest]
+    return [_EncoderLevel(level, (height * width) >> (2 * n)) for n, level in enumerate(levels, 1)]
+
+
+class _Reconstruct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, image: Tensor, channels: tuple[int, ...], *flat: Any) -> Tensor:
+        levels = [_DecoderLevel(level) for level in _levels(flat)]
+        parts: list[Tensor] = []
+        saved: list[Tensor] = []
+        for maps, target in zip(x.split(CHUNK), image.split(CHUNK), strict=True):
+            maps = maps.contiguous()
+            for level in levels[:-1]:
+                maps, kept = level.forward(maps)
+                saved += kept
+            pixels = levels[-1].conv(maps).sigmoid_()  # [N, h, w, 4 C]
+            error, slope = _image_error(pixels, target)
+            parts.append(_square_sums(error, channels))
+            saved += [maps, slope]
+        ctx.save_for_backward(*flat, *saved)
+        ctx.channels, ctx.count = channels, len(flat)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        flat, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        levels = [_DecoderLevel(level) for level in _levels(flat)]
+        step = 3 * len(levels) - 1  # tensors kept per chunk
+        out: list[Tensor | None] = []
+        for n, chunk in enumerate(grads[0].split(CHUNK)):
+            *kept, maps, slope = saved[n * step : (n + 1) * step]
+            grad = levels[-1].conv.back(_scaled(slope, chunk, ctx.channels), maps, True)
+            for at in reversed(range(len(levels) - 1)):
+                assert grad is not None
+                grad = levels[at].back(grad, kept[3 * at : 3 * at + 3])
+            out.append(grad)
+        by_weights: list[Tensor | None] = []
+        for level in levels:
+            by_weights += [*level.conv.grads(), None if level.norm is None else level.norm.grads()]
+        return (torch.cat([part for part in out if part is not None]), None, None, *by_weights)
+
+
+def _image_error(pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(error, gradient of half its square sum before the sigmoid) [N, h, w, (a, b, C)].
+
+    pixels [N, h, w, (a, b, C)] in [0, 1]; target [N, H, W, C], uint8, H <= 2h and W <= 2w.
+    """
+    sides = 2 * pixels.shape[1], 2 * pixels.shape[2]
+    error = pixels - _placed(target, sides).mul(1.0 / 255.0)
+    if target.shape[1:3] != sides:
+        error.mul_(_placed(torch.ones_like(target[:1]), sides))
+    return error, torch.addcmul(pixels, pixels, pixels, value=-1.0).mul_(error)
+
+
+def _placed(image: Tensor, sides: tuple[int, int]) -> Tensor:
+    """uint8 image [N, H, W, C], zero-padded to `sides`, as [N, h, w, (a, b, C)]."""
+    images, height, width, channels = image.shape
+    if (height, width) != sides:
+        image = F.pad(image, (0, 0, 0, sides[1] - width, 0, sides[0] - height))
+    # Two bytes at a time: a pair of pixels has an even number of them.
+    rows = image.reshape(images, sides[0] // 2, 2, sides[1] // 2, 2 * channels).view(torch.int16)
+    return rows.transpose(2, 3).contiguous().view(torch.uint8).flatten(3)
+
+
+def _square_sums(error: Tensor, channels: tuple[int, ...]) -> Tensor:
+    """[N, keys] of error [N, h, w, (a, b, C)]."""
+    if len(channels) == 1:
+        return torch.linalg.vector_norm(error.flatten(1), dim=1, keepdim=True).square_()
+    parts = error.unflatten(-1, (4, -1)).split(channels, -1)
+    return torch.stack([part.square().sum((1, 2, 3, 4)) for part in parts], 1)
+
+
+def _scaled(slope: Tensor, grad: Tensor, channels: tuple[int, ...]) -> Tensor:
+    """Gradient before the sigmoid [N, h, w, (a, b, C)] from that of the sums [N, keys]."""
+    factor = 2.0 * grad  # [N, keys]
+    if len(channels) > 1:
+        factor = factor.repeat_interleave(torch.tensor(channels), 1).repeat(1, 4)  # [N, (a, b, C)]
+    return slope * factor.view(factor.shape[0], 1, 1, -1)
