@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learner.nn.categorical import mix, sample_one_hot
+from learner.nn.lanes import alone
 from learner.nn.layers import NormGrad, rms_norm
 
 UPDATE_BIAS = -1.0  # the update gate starts mostly closed: memory by default
@@ -185,10 +186,11 @@ class _Rollout(torch.autograd.Function):
         def inputs(t: int) -> tuple[Any, ...]:
             return (deter, stoch, drive[t], projected[t], keep[t], uniform[t], core, posterior, unimix)
 
-        step = choose(observe_step, *inputs(0))
-        for t in range(drive.shape[0]):
-            kept.append(step(*inputs(t)))
-            deter, stoch = kept[-1][0], kept[-1][1].flatten(1)
+        with alone(deter):
+            step = choose(observe_step, *inputs(0))
+            for t in range(drive.shape[0]):
+                kept.append(step(*inputs(t)))
+                deter, stoch = kept[-1][0], kept[-1][1].flatten(1)
         saved = Observed(*(torch.stack(parts) for parts in zip(*kept, strict=True)))
         ctx.unimix, ctx.choose = unimix, choose
         ctx.save_for_backward(*before, keep, *saved, *core, *posterior)
@@ -203,17 +205,8 @@ class _Rollout(torch.autograd.Function):
         deter = torch.cat([deter.unsqueeze(0), saved.deter[:-1]]) * keep  # [T, B, D]
         stoch = torch.cat([stoch.unsqueeze(0), saved.stoch[:-1].flatten(2)]) * keep  # [T, B, Z]
         rows = _backward_loop(deter, keep, saved, core, posterior, ctx.unimix, grads, ctx.choose)
-        return (
-            None,
-            None,
-            None,
-            None,
-            rows.hidden,
-            rows.read,
-            None,
-            None,
-            *_weight_grads(rows, deter, stoch, saved, core),
-        )
+        by_weights = _weight_grads(rows, deter, stoch, saved, core)
+        return None, None, None, None, rows.hidden, rows.read, None, None, *by_weights
 
 
 class _Rows(NamedTuple):
@@ -353,11 +346,11 @@ def _backward_loop(
 
     grad_deter, grad_probs = by_deter[-1].contiguous(), outer[-1].contiguous()  # as those that follow
     kept: list[tuple[Tensor, ...]] = []
-    last = deter.shape[0] - 1
-    step = choose(retreat_step, grad_deter, grad_probs, passed(last), weights, unimix)
-    for t in range(last, -1, -1):
-        *rows, grad_deter, grad_probs = step(grad_deter, grad_probs, passed(t), weights, unimix)
-        kept.append(tuple(rows))
+    with alone(grad_deter):
+        step = choose(retreat_step, grad_deter, grad_probs, passed(deter.shape[0] - 1), weights, unimix)
+        for t in reversed(range(deter.shape[0])):
+            *rows, grad_deter, grad_probs = step(grad_deter, grad_probs, passed(t), weights, unimix)
+            kept.append(tuple(rows))
     stacked = [torch.stack(parts[::-1]) for parts in zip(*kept, strict=True)]
     return _Rows._make([*stacked, read, hidden, embedded])
 

@@ -7,14 +7,18 @@ Which rows a lane has depends on shapes alone, never on the number of threads: t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
+SHARED = 32768
+"""Elements from which torch itself shares an elementwise operation."""
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -50,6 +54,23 @@ def run_lanes(lane: Callable[[Part], Result], parts: Sequence[Part]) -> list[Res
     for other in others:
         other.result()  # its exception, if it had one
     return results  # type: ignore[return-value]
+
+
+@contextmanager
+def alone(rows: Tensor) -> Iterator[None]:
+    """Without torch's threads while operations are on tensors like `rows`, if those are too small to share.
+
+    Sharing a small operation costs more than it saves, most of all where others want the processors.
+    """
+    total = torch.get_num_threads()
+    if total == 1 or rows.is_cuda or rows.numel() >= SHARED:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(total)
 
 
 @cache
