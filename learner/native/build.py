@@ -1,8 +1,8 @@
 """Compiles the C++ sources beside it once per machine, and loads the library.
 
 One call of the compiler, no torch headers: the functions take plain memory. The library is kept in a
-directory of this user alone, under a name that tells sources, flags, processor, compiler and the digest of its
-own bytes. Processes that want it at the same time wait, with a deadline, for the one that builds it.
+directory of this user alone, under a name that tells sources, flags, processor, compiler and the digest of
+its own bytes. Processes that want it at the same time wait, with a deadline, for the one that builds it.
 """
 
 from __future__ import annotations

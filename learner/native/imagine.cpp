@@ -58,6 +58,12 @@ Plan make_plan(const Imagine &a, Scratch &scratch) {
     return plan;
 }
 
+// Calls f(first, count) for few rows at a time: what a product wrote is read while it is in the first cache.
+template <class F> void few(int64_t rows, F &&f) {
+    constexpr int64_t FEW = 2 * TILE_ROWS;
+    for (int64_t r = 0; r < rows; r += FEW) f(r, std::min(FEW, rows - r));
+}
+
 // The rows of one chunk, and the space that its steps use again and again.
 struct Chunk {
     const Imagine &a;
@@ -139,9 +145,11 @@ struct Chunk {
             gemm(rows, x, step, head.output, cont, 1, head.bias);
             each(rows, [&](int64_t i, auto lanes) { store(cont + i, sigmoid(load(cont + i, lanes)), lanes); });
         } else {
-            gemm(rows, x, step, head.output, logits, K, head.bias);
             float *mean = j == REWARD ? a.out_reward + at - N : j == CRITIC ? a.value + at : a.out_slow + at;
-            for (int64_t r = 0; r < rows; r++) mean[r] = two_hot_mean(logits + r * K, a.positions, K);
+            few(rows, [&](int64_t r, int64_t count) {
+                gemm(count, x + r * step, step, head.output, logits, K, head.bias);
+                for (int64_t i = 0; i < count; i++) mean[r + i] = two_hot_mean(logits + i * K, a.positions, K);
+            });
         }
     }
 
@@ -163,10 +171,14 @@ struct Chunk {
         gemm(rows, inputs, 3 * U, plan.shared, hidden, D, a.hidden_bias);
         for (int64_t g = 0; g < G; g++) gemm_add(rows, deter + g * d, F, plan.own[g], hidden + g * d, D);
         for (int64_t r = 0; r < rows; r++) norm_silu(hidden + r * D, a.scale, reached + r * D, D);
-        for (int64_t g = 0; g < G; g++) {
-            gemm(rows, reached + g * d, D, plan.gates[g], gates, 3 * d, a.gates_bias + g * 3 * d);
-            for (int64_t r = 0; r < rows; r++) gru(gates + r * 3 * d, deter + r * F + g * d, next + r * F + g * d, d);
-        }
+        for (int64_t g = 0; g < G; g++)
+            few(rows, [&](int64_t r, int64_t count) {
+                gemm(count, reached + r * D + g * d, D, plan.gates[g], gates, 3 * d, a.gates_bias + g * 3 * d);
+                for (int64_t i = 0; i < count; i++) {
+                    const int64_t at_block = (r + i) * F + g * d;
+                    gru(gates + i * 3 * d, deter + at_block, next + at_block, d);
+                }
+            });
         sample(h, next);
     }
 

@@ -16,7 +16,7 @@ from learner.nn.action_distribution import ActionDistribution, Categoricals
 from learner.nn.bptt import CoreWeights
 from learner.nn.imagine import DynamicsWeights, Head, HeadWeights, Imagined, Starts
 
-CHUNK = 128
+CHUNK = 64
 """Trajectories whose states and heads stay in one core's cache."""
 HEADS = ("reward", "cont", "critic", "actor", "slow")
 

@@ -82,7 +82,7 @@ def _arguments(
 
 
 class _Room:
-    """Memory used before costs less than new memory: what a call is done with serves the next of its shape."""
+    """What a call is done with serves the next of its shape: used memory costs less than new memory."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
