@@ -31,8 +31,8 @@ LOCAL = [
     f"deploy.{name}"
     for name in (
         "__main__", "assemble", "audit", "doctor", "driver", "env_check", "evaluate", "export_cli",
-        "learner_role", "local", "pictures", "plan", "probe", "progress", "role_process", "roles", "run_config",
-        "session", "status", "train",
+        "learner_role", "local", "pictures", "plan", "probe", "progress", "role_process", "roles",
+        "run_config", "session", "status", "train",
     )
 ]  # fmt: skip
 

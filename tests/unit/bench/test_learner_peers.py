@@ -27,7 +27,7 @@ def test_only_equal_work_is_compared() -> None:
 
 def test_the_load_is_that_of_our_own_bench() -> None:
     defaults = options()
-    assert (learner_load.BATCH, learner_load.LENGTH) == (defaults.batch, defaults.length)
+    assert (defaults.batch, defaults.length) == (learner_load.BATCH, learner_load.LENGTH)
     rows = learner_load.made_up("image", 3)
     assert rows["obs"].shape == (16, 3, 64, 64, 3)
     assert rows["action"].sum(-1).tolist() == [[1.0] * 3] * 16
