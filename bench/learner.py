@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=list(SIZES), default="1m")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:0 or auto")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument(
+        "--backend", choices=["auto", "torch", "native"], default="auto", help="who computes the hot regions"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
@@ -64,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """update_ms, params, gflop and cpu_per_wall of each case, then policy_ms for 1, 8 and 16 environments."""
     torch.set_num_threads(options.threads)
-    config = make_config("dreamer", {"size": SIZES[options.size], "dtype": options.dtype})
+    settings = {"size": SIZES[options.size], "dtype": options.dtype, "backend": options.backend}
+    config = make_config("dreamer", settings)
     cases = list(CASES) if options.case == "all" else [options.case]
     yield _peak_row(options)
     for case in cases:
@@ -166,6 +170,7 @@ def _update_rows(case: str, config: DreamerConfig, options: argparse.Namespace) 
     sequence = synthetic_sequence(env, config, options.batch, options.length)
     carry: Any = agent.initial(options.batch)
     gflop = update_gflop(env, config, sequence)
+    native = float(agent.behavior.backend.name == "native")
     for _ in range(3):  # buffers, caches, compiled parts
         agent.learn(sequence, carry)
 
@@ -174,8 +179,10 @@ def _update_rows(case: str, config: DreamerConfig, options: argparse.Namespace) 
     after, _ = _peak(options)
     share = gflop / (samples.median / 1000) / max(before, after)
     name = case if options.size == "1m" else f"{case}-{options.size}"
+    name = name if options.backend == "auto" else f"{name}-{options.backend}"
     yield samples.row("learner", name, "update_ms", "ms", ratio=share, ratio_to="matmul_peak")
     yield samples.row("learner", name, "cpu_per_wall", "cores", value=samples.cpu_per_wall)
+    yield Row(bench="learner", case=name, metric="native", value=native, unit="0 or 1")
     yield Row(bench="learner", case=name, metric="gflop", value=gflop, unit="GFLOP")
     yield Row(bench="learner", case=name, metric="params", value=agent.parameter_count(), unit="parameters")
 

@@ -39,18 +39,16 @@ def choose_backend(setting: BackendSetting, device: torch.device, dtype: str) ->
 
     Raises: PreflightError when native was asked for but cannot be had; it is for float32 on CPUs.
     """
-    if setting == "torch":
-        return TORCH
     fits = device.type == "cpu" and dtype == "fp32"
-    if fits and available():
-        return _native()
-    if setting == "native":
+    chosen = _native() if setting != "torch" and fits and available() else TORCH
+    if setting == "native" and chosen is TORCH:
         cause = absence() if fits else f"it computes in fp32 on CPUs, not in {dtype} on {device.type}"
         raise PreflightError(
             f"learner backend native was asked for but cannot be had: {cause}; "
             "set the backend to auto or torch"
         )
-    return TORCH
+    log.info("backend chosen", extra={"backend": chosen.name, "setting": setting})
+    return chosen
 
 
 def _native() -> Backend:

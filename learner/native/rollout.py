@@ -121,7 +121,7 @@ class _Native(torch.autograd.Function):
         if not any(ctx.needs_input_grad):
             _room.give_back(ctx.kept)
             ctx.kept = None
-        return out
+        return out[0], out[1], out[2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
