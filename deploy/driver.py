@@ -233,7 +233,7 @@ class Driver:
                 self._launch_ranks()
             return
         lost = {rank: word for rank, word in statuses.items() if end_of(word, self.config.silent_seconds)}
-        if not lost or (key not in lost and self._mourning.goes_on(statuses[key], time.monotonic())):
+        if not lost or self._mourning.goes_on(statuses[key], time.monotonic()):
             return
         guilty = culprit(lost, FATAL_EXIT_CODES)
         for rank, status in statuses.items():

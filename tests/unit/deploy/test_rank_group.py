@@ -1,5 +1,6 @@
 """Learner ranks in a run: settings that fit, one fate for all ranks, and who is said to be the cause."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from deploy.driver import Driver
 from deploy.fleet import RoleStatus
-from deploy.rank_group import Mourning, culprit, meeting_place
+from deploy.rank_group import LONGEST_SECONDS, Mourning, culprit, meeting_place
 from deploy.roles import RoleSpec
 from deploy.run_config import compose
 from deploy.run_dir import RunDirectory
@@ -103,6 +104,20 @@ def test_rank_zero_may_save_before_it_is_ended_when_it_still_speaks(driver, flee
     fleet.words["learner-0"] = BEREFT
     driver.step(0.0)
     assert driver._relaunch_at
+
+
+def test_rank_zero_may_save_at_every_loss(driver, fleet, monkeypatch):
+    fleet.words["learner-1"] = KILLED
+    driver.step(0.0)
+    fleet.words["learner-0"] = BEREFT  # it has saved
+    driver.step(0.0)
+    relaunch(driver)
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + 2 * LONGEST_SECONDS)
+    fleet.words["learner-1"] = KILLED
+    driver.step(0.0)
+    assert not driver._relaunch_at
+    assert fleet.killed == []
 
 
 def test_silent_rank_zero_is_ended_as_soon_as_another_names_it(driver, fleet):
