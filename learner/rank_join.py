@@ -132,7 +132,7 @@ def _greet(connection: socket.socket, secret: str) -> int:
         if not hmac.compare_digest(str(answer["proof"]), _mac(secret, "rank", rank, nonce)):
             raise ValueError("wrong secret")
         _say(connection, proof=_mac(secret, "zero", rank, theirs))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         log.warning("connection refused", extra={"why": repr(error)})
         connection.close()
         return -1
@@ -155,9 +155,12 @@ def _say(connection: socket.socket, **values: Any) -> None:
 
 
 def _hear(connection: socket.socket) -> dict[str, Any]:
-    """One line of JSON, byte by byte: what follows it belongs to the link."""
-    line = bytearray()
+    """One line of JSON, byte by byte: what follows it belongs to the link. Raises: OSError, ValueError."""
+    line, deadline = bytearray(), time.monotonic() + HANDSHAKE_SECONDS
     while not line.endswith(b"\n"):
+        if (left := deadline - time.monotonic()) <= 0.0:  # a byte now and then must not hold up the ranks
+            raise TimeoutError("no greeting in time")
+        connection.settimeout(left)
         byte = connection.recv(1)
         if not byte or len(line) > HANDSHAKE_BYTES:
             raise ValueError("no greeting")
