@@ -82,6 +82,8 @@ class OfferedRole:
 
     def kill(self) -> None:
         self._send(signal.SIGKILL)
+        if self._code is None and not self.pid:  # who took the offer ended before it said a word
+            self._code = 1
 
     def _send(self, number: signal.Signals) -> None:
         try:

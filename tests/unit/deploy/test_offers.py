@@ -82,6 +82,16 @@ def test_role_lives_as_long_as_the_process_that_took_it(tmp_path: Path, sleeper:
     assert offered.poll() == 1
 
 
+def test_process_that_took_an_offer_and_never_spoke_can_be_given_up(tmp_path: Path):
+    offered = OfferedRole(tmp_path, spec(tmp_path))
+    claim(tmp_path, "learner-1", lambda: True)
+    offered.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        offered.wait(0.0)
+    offered.kill()
+    assert offered.wait(1.0) == 1
+
+
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
