@@ -123,6 +123,9 @@ class RankHub:
             for link in self.links
             if link.entered < watch.entered
         }
+        for link in self.links:  # nobody asks a stuck rank again: what rank 0 has can be saved at once
+            if link.rank in lost:
+                link.lose(lost[link.rank])
         if not lost:
             return RankLostError(
                 f"the learner ranks do not get on although all have entered ({error}); all ranks have to "
@@ -133,7 +136,8 @@ class RankHub:
                 with contextlib.suppress(RankLostError):  # one more is gone; the first are the cause
                     link.expect_end()
                     link.send("lost", {str(rank): why for rank, why in lost.items()})
-        # Collectives on a CPU fail before the optimiser acts; aborted ones on a GPU leave anything.
+        # Collectives on a CPU fail before the optimiser acts, and an answer that never comes finds it done:
+        # a whole update, though not counted. Aborted collectives on a GPU leave anything.
         return rank_lost(lost, intact=self.device.type == "cpu")
 
     def close(self) -> None:

@@ -74,7 +74,7 @@ class EnvTimeout(EnvError):
 class RankLostError(InfrastructureError):
     """A learner rank died, fell silent or does not get on; no rank can go on without it.
 
-    `intact`: this rank's agent still is what it was after its last whole update.
+    `intact`: this rank's agent is what it was after its last whole update, counted yet or not.
     """
 
     def __init__(self, message: str, *, ranks: tuple[int, ...] = (), intact: bool = False) -> None:

@@ -152,20 +152,21 @@ class DreamerUpdate:
         with torch.no_grad():
             average_(self.parameters.grads)
             loss = average_(total.detach().clone())
-            norms = region_norms(self.parameters.grads, self.regions, "grad_norm/")
+            metrics |= region_norms(self.parameters.grads, self.regions, "grad_norm/")
+            metrics["loss/total"] = loss
+            # The last word to other ranks: one that is lost leaves either a whole update here or none.
+            shared = average_(torch.stack([value.float() for value in metrics.values()]))
             applied = self.optimiser.step(loss)
             self.behavior.after_step(applied.finite)
             self.model.after_step(applied.finite)
-            metrics |= norms
-            metrics |= {
-                "loss/total": loss,
+            after = {
                 "grad_norm": applied.grad_norm,
                 "nonfinite": (~applied.finite).float(),
                 "lr": applied.rate,
             }
-            self.names = tuple(metrics)
+            self.names = (*metrics, *after)
             out = {
-                "metrics": average_(torch.stack([value.float() for value in metrics.values()])),
+                "metrics": torch.cat([shared, torch.stack([value.float() for value in after.values()])]),
                 "deter": rows["deter"].to(torch.bfloat16),
                 "stoch": class_index(rows["stoch"]),
             }

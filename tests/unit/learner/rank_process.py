@@ -84,7 +84,12 @@ def lead(place: RankPlace, task: dict[str, Any]) -> None:
     agent = RankedAgent(inner, hub)
     say("joined")
     for number in range(task["updates"]):
-        metrics, rows = agent.learn(batch_of(number), agent.initial(BATCH))[1:]
+        try:
+            metrics, rows = agent.learn(batch_of(number), agent.initial(BATCH))[1:]
+        except RankLostError as error:
+            if error.intact:
+                agent.state()  # what is saved then: asks no rank for anything
+            raise
         if task["out"]:
             np.savez(f"{task['out']}-0-{number}.npz", **snapshot(inner, metrics, rows))
         say("update", number)
