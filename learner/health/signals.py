@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from learner.distributed import mean_over_ranks
+from learner.distributed import mean_over_ranks, rank_count
 from learner.interfaces import Tree
 
 Regions = Mapping[str, slice]
@@ -46,8 +46,8 @@ def input_signals(rows: Tree, start: Tree) -> dict[str, Tensor]:
     """
     inputs: Tree = rows["obs"] | {"reward": rows["reward"], "action": rows["prev_action"]}
     inputs |= {f"stored {key}": value for key, value in start.items()}
-    out = {
-        f"input/{key}": (~torch.isfinite(value)).sum().float()
+    out = {  # metrics become means over ranks, which must say how many there are in the whole batch
+        f"input/{key}": (~torch.isfinite(value)).sum().float() * rank_count()
         for key, value in inputs.items()
         if value.is_floating_point()
     }
