@@ -209,18 +209,23 @@ class _Lane:
         }
         grads = self.grads["critic"]
         self.grads["critic"] = grads._replace(weight=paired(grads.weight, 0.0), bias=paired(grads.bias, 0.0))
-        self.by_first = rows.feat.new_zeros(
-            2 * nets.actor.layers[0].bias.shape[0], rows.feat.shape[1]
-        )  # [2U, F]
+        units, width = nets.actor.layers[0].bias.shape[0], rows.feat.shape[1]
+        self.by_first = rows.feat.new_zeros(2 * units, width)  # [2U, F]
+        self.scales = [  # [l, U] of each layer
+            torch.stack([getattr(nets, name).layers[level].scale for name in trace.heads])
+            for level, trace in enumerate(rows.layers)
+        ]
+        self.by_scales = [zeros(scale) for scale in self.scales]
 
     def run(self, lane: int, lanes: int, block: int) -> None:
         """This lane's share of imagined, then of replayed rows."""
         total, starts = self.rows.weight.shape[0], self.rows.replay_share.shape[0]
         first, last = total * lane // lanes, total * (lane + 1) // lanes
+        by_outputs = self._actor(slice(first, last))  # small beside the rest: all at once
         for start in range(first, last, block):
             part = slice(start, min(last, start + block))
-            tops = {"critic": self._critic(part, replay=False), "actor": self._actor(part)}
-            self._layers(part, tops, None)
+            by_actor = by_outputs[start - first : part.stop - first]
+            self._layers(part, {"critic": self._critic(part, replay=False), "actor": by_actor}, None)
         part = slice(starts * lane // lanes, starts * (lane + 1) // lanes)
         if part.stop > part.start:
             self._layers(part, {"critic": self._critic(part, replay=True)}, self.by_feat[part])
@@ -230,6 +235,9 @@ class _Lane:
         units = self.by_first.shape[0] // 2
         for index, name in enumerate(_Nets._fields):
             self.grads[name].layers[0].weight.copy_(self.by_first[index * units : (index + 1) * units])
+        for level, trace in enumerate(self.rows.layers):
+            for name, by_scale in zip(trace.heads, self.by_scales[level], strict=True):
+                self.grads[name].layers[level].scale.copy_(by_scale)
         critic = self.grads["critic"]
         critic = critic._replace(weight=unpaired(critic.weight), bias=unpaired(critic.bias))
         return self.losses, *flatten(critic), *flatten(self.grads["actor"])
@@ -275,18 +283,16 @@ class _Lane:
             first = heads.index(names[0])
             slots = slice(first, first + len(names))
             unit, inverse = unit[part, slots], inverse[part, slots]
-            layers = [getattr(self.nets, name).layers for name in names]
-            scale = torch.stack([layer[level].scale for layer in layers])  # [l, U]
+            scale = self.scales[level][slots]  # [l, U]
             scaled = unit * scale  # [r, l, U]
             active, grad = F.silu(scaled), torch.empty_like(scaled)
             for slot, name in enumerate(names):
                 by_output, weight = above[name]
                 torch.mm(by_output, weight, out=grad[:, slot])
                 self._weight_grads(name, level + 1, by_output, active[:, slot])
-            by_scale = norm_silu_backward(grad, unit, inverse, scale, scaled)
+            self.by_scales[level][slots] += norm_silu_backward(grad, unit, inverse, scale, scaled)
             for slot, name in enumerate(names):
-                self.grads[name].layers[level].scale.add_(by_scale[slot])
-                above[name] = (grad[:, slot], layers[slot][level].weight)
+                above[name] = (grad[:, slot], getattr(self.nets, name).layers[level].weight)
             if level == 0:
                 self._first(part, names, grad, by_feat)
 

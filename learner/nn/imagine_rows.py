@@ -72,21 +72,41 @@ class _Layer(NamedTuple):
     norm: _Norm
 
 
+class _Cut(NamedTuple):
+    """The weights of one reader, cut out of a plan."""
+
+    by_deter: Map
+    by_stoch: Tensor
+    scales: tuple[Tensor, ...]  # by norm of first layers
+    deeper_scales: tuple[Tensor, ...]
+
+
 class _Reader(NamedTuple):
     """What the start, a state on the way or the last one is read for, and the space for it."""
 
-    by_deter: slice  # columns of `_Plan.by_deter`
+    by_deter: slice  # columns of `Plan.by_deter`
     from_deter: Tensor  # [n, *]
-    by_stoch: slice  # columns of `_Plan.by_stoch`
+    by_stoch: slice  # columns of `Plan.by_stoch`
     from_stoch: Tensor  # [n, *]
     norms: tuple[tuple[slice, _Norm], ...]  # of first layers, and the columns of their scales
     deeper: tuple[_Layer, ...]
     last: dict[str, Tensor]  # [n, U] by head, outputs of its last layer
 
+    def cut(self, plan: Plan) -> _Cut:
+        weight, bias = plan.by_deter
+        pairs = zip(plan.deeper_scales, self.deeper, strict=False)
+        return _Cut(
+            by_deter=Map(weight[:, self.by_deter], bias[self.by_deter]),
+            by_stoch=plan.by_stoch[:, self.by_stoch],
+            scales=tuple(plan.scale[columns] for columns, _ in self.norms),
+            deeper_scales=tuple(scale[layer.columns] for scale, layer in pairs),
+        )
+
 
 class _Step(NamedTuple):
     """Where one state and what is read of it are kept."""
 
+    kind: int  # 0 for the start, 2 for the end, 1 between
     reader: _Reader
     deter: Tensor  # [n, D]
     blocked: Tensor  # [G, n, d], deter
@@ -121,19 +141,32 @@ class _Chunk:
         ]
         self.inputs = self.active[:, span(plan.columns, ("deter", "stoch", "action"))]  # [n, 3U]
         self.hidden = _Norm.of(new(count, blocks * size), new(count, blocks * size), new(count, 1, 1))
-        self.own, self.gates = new(blocks, count, size), new(3, blocks, count, size)
+        self.hidden_blocks = self.hidden.flat.unflatten(1, (blocks, size))  # [n, G, d]
+        self.blocked_active = self.hidden.active.unflatten(1, (blocks, size)).transpose(0, 1)  # [G, n, d]
+        self.own = new(blocks, count, size)
+        self.own_rows = self.own.transpose(0, 1)  # [n, G, d]
+        gates = new(3, blocks, count, size)
+        self.gates, self.sigmoids = gates.unbind(), gates[:2]
         # Whether the cumulative distribution is still below the uniform, class by class: 1 before the first
         # class and 0 behind the last, so that its steps are the sample.
-        self.below = new(count, self.classes + 1, self.variables).fill_(1.0)
-        self.below[:, -1] = 0.0
+        below = new(count, self.classes + 1, self.variables).fill_(1.0)
+        below[:, -1] = 0.0
+        self.below, self.behind, self.inner = below[:, :-1], below[:, 1:], below[:, 1:-1]
+        self.prior_logits = new(count, self.classes * self.variables)
+        self.prior_classes = self.prior_logits.unflatten(1, (self.classes, -1))  # [n, C, S]
+        self.prior_probs = torch.empty_like(self.prior_classes)
         self.logits, self.probs = (new(count, 2 * plan.pairs.shape[0]) for _ in range(2))
         self.halves = self.probs.chunk(2, 1)
         self.reward, self.slow = imagined.reward[:, rows].unbind(), imagined.slow[:, rows].unbind()
         self.raw, self.action = imagined.raw[:, rows].unbind(), imagined.action[:, rows].unbind()
-        start, end = self._reader(plan, HEADS[1:], "start"), self._reader(plan, HEADS[:3], "end")
-        between = self._reader(plan, HEADS, "between")
-        readers = [start, *[between] * (imagined.action.shape[0] - 1), end]
-        self.steps = [self._step(h, reader, blocks, imagined, traces) for h, reader in enumerate(readers)]
+        self.stoch = self.first[:, plan.columns["stoch"]]
+        self.readers = (
+            self._reader(plan, HEADS[1:], "start"),
+            self._reader(plan, HEADS, "between"),
+            self._reader(plan, HEADS[:3], "end"),
+        )
+        kinds = [0, *[1] * (imagined.action.shape[0] - 1), 2]
+        self.steps = [self._step(h, kind, blocks, imagined, traces) for h, kind in enumerate(kinds)]
         self.kept = self._keep(plan, traces)
 
     def _norms(self, plan: Plan, names: tuple[str, ...]) -> list[tuple[slice, _Norm]]:
@@ -176,10 +209,11 @@ class _Chunk:
             last=last,
         )
 
-    def _step(self, h: int, reader: _Reader, blocks: int, imagined: Imagined, traces: Traces) -> _Step:
+    def _step(self, h: int, kind: int, blocks: int, imagined: Imagined, traces: Traces) -> _Step:
         deter, stoch = imagined.feat[h, self.rows].tensor_split([self.hidden.flat.shape[1]], 1)
         return _Step(
-            reader=reader,
+            kind=kind,
+            reader=self.readers[kind],
             deter=deter,
             blocked=deter.unflatten(1, (blocks, -1)).transpose(0, 1),
             stoch=stoch,
@@ -212,12 +246,14 @@ class _Chunk:
         """All steps."""
         action_noise = starts.action_noise[self.rows].transpose(0, 1).contiguous()  # [H, n, W]
         stoch_noise = starts.stoch_noise[self.rows].transpose(0, 1).unsqueeze(2).contiguous()  # [H, n, 1, S]
+        cuts = [reader.cut(plan) for reader in self.readers]
+        action_scale, prior_scale = (plan.scale[plan.columns[name]] for name in ("action", "prior"))
         step = self.steps[0]
         step.deter.copy_(starts.deter[self.rows])
         step.sample.copy_(starts.stoch[self.rows])
-        self._read_deter(step, plan)
+        affine(step.deter, cuts[0].by_deter, step.reader.from_deter)
         for h, after in enumerate(self.steps[1:]):
-            self._read(step, plan)
+            self._read(step, cuts[step.kind], plan)
             if h > 0:
                 self._scalar("reward", step, plan, self.logits, self.reward[h - 1])
             self._scalar("slow", step, plan, self.logits, self.slow[h])
@@ -226,31 +262,25 @@ class _Chunk:
             affine(step.reader.last["actor"], plan.outputs["actor"], self.raw[h])
             self.raw[h].copy_(plan.policy.raw(self.raw[h]))
             self.action[h].copy_(plan.policy.sample(self.raw[h], action_noise[h]))
-            self._advance(self.action[h], step, after, plan)
-            self._read_deter(after, plan)
-            self._sample(after, stoch_noise[h], plan)
+            self._advance(self.action[h], action_scale, step, after, plan)
+            affine(after.deter, cuts[after.kind].by_deter, after.reader.from_deter)
+            self._sample(stoch_noise[h], prior_scale, after, plan)
             step = after
-        self._read(step, plan)
+        self._read(step, cuts[step.kind], plan)
         self._scalar("reward", step, plan, self.logits, self.reward[-1])
 
-    def _read_deter(self, step: _Step, plan: Plan) -> None:
-        """First layers' part by the deterministic state."""
-        reader, (weight, bias) = step.reader, plan.by_deter
-        affine(step.deter, Map(weight[:, reader.by_deter], bias[reader.by_deter]), reader.from_deter)
-
-    def _read(self, step: _Step, plan: Plan) -> None:
-        """Hidden layers of heads and core, continuation and value."""
+    def _read(self, step: _Step, cut: _Cut, plan: Plan) -> None:
+        """Hidden layers of heads and core, continuation and value; the part by deter is there already."""
         reader = step.reader
-        weight = plan.by_stoch[:, reader.by_stoch]
-        torch.addmm(reader.from_stoch, step.stoch, weight, out=reader.from_stoch)
-        if "actor" in reader.last:  # there is a next state
-            affine(step.stoch, plan.embed_stoch, self.first[:, plan.columns["stoch"]])
-        for columns, norm in reader.norms:
-            norm.apply(plan.scale[columns], plan.eps)
-        for layer, maps, scale in zip(reader.deeper, plan.deeper, plan.deeper_scales, strict=False):
+        torch.addmm(reader.from_stoch, step.stoch, cut.by_stoch, out=reader.from_stoch)
+        if step.kind < 2:  # there is a next state
+            affine(step.stoch, plan.embed_stoch, self.stoch)
+        for (_, norm), scale in zip(reader.norms, cut.scales, strict=True):
+            norm.apply(scale, plan.eps)
+        for layer, maps, scale in zip(reader.deeper, plan.deeper, cut.deeper_scales, strict=False):
             for name, x, out in zip(layer.names, layer.reads, layer.fills, strict=True):
                 affine(x, maps[name], out)
-            layer.norm.apply(scale[layer.columns], plan.eps)
+            layer.norm.apply(scale, plan.eps)
         affine(reader.last["cont"], plan.outputs["cont"], step.cont)
         step.cont.sigmoid_()
         self._scalar("critic", step, plan, step.logits, step.value)
@@ -262,37 +292,35 @@ class _Chunk:
         upper, lower = self.halves
         torch.mv(upper.sub_(lower), plan.pairs, out=out)
 
-    def _advance(self, action: Tensor, step: _Step, after: _Step, plan: Plan) -> None:
+    def _advance(self, action: Tensor, scale: Tensor, step: _Step, after: _Step, plan: Plan) -> None:
         """The deterministic state that follows `step`; deter and stoch are embedded already."""
         clipped = action / action.abs().clamp_(min=1.0)
         affine(clipped, plan.embed_action, self.action_norm.flat)
-        self.action_norm.apply(plan.scale[plan.columns["action"]], plan.eps)
-        hidden = self.hidden
-        affine(self.inputs, plan.shared, hidden.flat)
+        self.action_norm.apply(scale, plan.eps)
+        affine(self.inputs, plan.shared, self.hidden.flat)
         torch.bmm(step.blocked, plan.own, out=self.own)
-        hidden.flat.unflatten(1, self.own.shape[::2]).add_(self.own.transpose(0, 1))
-        hidden.apply(plan.hidden_scale, plan.eps)
-        active = hidden.active.unflatten(1, self.own.shape[::2]).transpose(0, 1)  # [G, n, d]
+        self.hidden_blocks.add_(self.own_rows)
+        self.hidden.apply(plan.hidden_scale, plan.eps)
         for weight, bias, out in zip(plan.gates, plan.gates_bias, self.gates, strict=True):
-            torch.baddbmm(bias, active, weight, out=out)
-        self.gates[:2].sigmoid_()
+            torch.baddbmm(bias, self.blocked_active, weight, out=out)
+        self.sigmoids.sigmoid_()
         reset, update, candidate = self.gates
         torch.lerp(step.blocked, candidate.mul_(reset).tanh_(), update, out=after.blocked)
 
-    def _sample(self, after: _Step, uniform: Tensor, plan: Plan) -> None:
+    def _sample(self, uniform: Tensor, scale: Tensor, after: _Step, plan: Plan) -> None:
         """The stochastic state by uniforms [n, 1, S]; as `sample_one_hot` of `mixed_probs`."""
-        self.prior_norm.apply(plan.scale[plan.columns["prior"]], plan.eps)
+        self.prior_norm.apply(scale, plan.eps)
         x = self.prior_norm.active
-        for (by, scale), norm in zip(plan.prior, self.prior, strict=True):
+        for (by, later_scale), norm in zip(plan.prior, self.prior, strict=True):
             affine(x, by, norm.flat)
-            norm.apply(scale, plan.eps)
+            norm.apply(later_scale, plan.eps)
             x = norm.active
-        logits = torch.addmm(plan.prior_out.bias, x, plan.prior_out.weight)
-        probs = torch.softmax(logits.view(-1, self.classes, self.variables), 1)
+        affine(x, plan.prior_out, self.prior_logits)
+        torch.softmax(self.prior_classes, 1, out=self.prior_probs)
         if plan.unimix:
-            probs.mul_(1.0 - plan.unimix).add_(plan.unimix / self.classes)
-        torch.lt(probs[:, :-1].cumsum(1), uniform, out=self.below[:, 1:-1])
-        torch.sub(self.below[:, :-1], self.below[:, 1:], out=after.sample)
+            self.prior_probs.mul_(1.0 - plan.unimix).add_(plan.unimix / self.classes)
+        torch.lt(self.prior_probs[:, :-1].cumsum(1), uniform, out=self.inner)
+        torch.sub(self.below, self.behind, out=after.sample)
 
 
 def _allocate(starts: Starts, plan: Plan, heads: HeadWeights, parts: list[slice]) -> tuple[Imagined, Traces]:
