@@ -44,7 +44,7 @@ def _proof_table(data: dict[str, Any]) -> str:
         told = ", ".join(
             "none" if r["training_return"] is None else f"{r['training_return']:.1f}" for r in good
         )
-        lines += ["", f"Mean training return of the last fifth of the steps, by seed: {told}."]
+        lines += ["", f"Mean training return of the last 20,000 steps, by seed: {told}."]
     if data.get("note"):
         lines += ["", data["note"]]
     if good and "loss_first" in good[0]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench import gpu
-from bench.proof import CASES, DMC_GATES, training_return
+from bench.proof import CASES, DMC_GATES, TRAINING_STEPS, training_return
+from bench.report import RESULTS
 from deploy.run_config import compose
 
 
@@ -39,10 +40,12 @@ def test_control_suite_gates_run_the_official_protocol_for_50000_steps(task: str
     assert len(case.seeds) == 3
 
 
-def test_training_return_is_that_of_the_last_fifth(tmp_path: Path) -> None:
+def test_training_return_is_averaged_over_the_window_of_the_reference(tmp_path: Path) -> None:
+    reference = json.loads((RESULTS / "reference-dmc.json").read_text())
+    assert reference["window"] == TRAINING_STEPS
     (tmp_path / "metrics").mkdir()
-    points = [{"env_steps": steps, "return": steps / 10} for steps in (100, 500, 810, 900, 1000)]
+    points = [{"env_steps": steps, "return": steps / 1000} for steps in (1000, 30_000, 32_000, 48_000)]
     lines = "".join(json.dumps(point) + "\n" for point in points)
     (tmp_path / "metrics" / "episodes.jsonl").write_text(lines)
-    assert training_return(tmp_path, 1000) == pytest.approx((81 + 90 + 100) / 3)
-    assert training_return(tmp_path, 10_000) is None
+    assert training_return(tmp_path, 50_000) == pytest.approx((32 + 48) / 2)
+    assert training_return(tmp_path, 100_000) is None
