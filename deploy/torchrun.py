@@ -34,7 +34,7 @@ USAGE = "python -m deploy.torchrun RUN_DIR (a directory that dreamfleet train ma
 
 
 def rank_of(environment: dict[str, str]) -> tuple[int, int]:
-    """(rank, ranks) as torchrun says. Raises: ConfigError without it, and for ranks on several machines."""
+    """(rank, ranks) as torchrun says. Raises: ConfigError without it, or for ranks on several machines."""
     try:
         rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     except (KeyError, ValueError) as error:
@@ -42,6 +42,10 @@ def rank_of(environment: dict[str, str]) -> tuple[int, int]:
             f"RANK and WORLD_SIZE must be numbers in the environment ({error!r}); start this by torchrun: "
             "torchrun --nproc-per-node N -m deploy.torchrun RUN_DIR"
         ) from error
+    if not 0 <= rank < ranks:
+        raise ConfigError(
+            f"RANK ({rank}) must be from 0 to WORLD_SIZE - 1 ({ranks - 1}); number the processes from 0 on"
+        )
     if environment.get("LOCAL_WORLD_SIZE", str(ranks)) != str(ranks):
         raise ConfigError(
             f"{ranks} ranks on several machines (LOCAL_WORLD_SIZE {environment['LOCAL_WORLD_SIZE']}) cannot "

@@ -97,6 +97,7 @@ def test_process_that_took_an_offer_and_never_spoke_can_be_given_up(tmp_path: Pa
     [
         ({}, "start this by torchrun"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "must be numbers"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "must be from 0 to"),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "use --nnodes 1"),
     ],
 )
