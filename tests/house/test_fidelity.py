@@ -153,7 +153,8 @@ def test_reference_scores_are_the_stored_ones_and_ours_come_from_results(
 
 def check_ours(row: dict[str, str], suite: str, results: Path) -> None:
     """Each own score is the mean over the seeds of the file that holds it; none is left out."""
-    file = results / f"proof-{suite}-{row['task']}.json"
+    prefix = {"dmc_proprio": "dmc_", "dmc_vision": "dmc_vision_"}[suite]  # as the cases of bench.proof
+    file = results / f"proof-{prefix}{row['task']}.json"
     keys = {"ours, sampled": "training_return", "ours, greedy": "return"}
     if not file.exists():
         assert {row[title] for title in keys} == {"not run"}, row
@@ -168,7 +169,7 @@ def test_a_wrong_score_would_be_noticed(tmp_path: Path) -> None:
     row = {"task": "walker_walk", "ours, sampled": "930", "ours, greedy": "not run"}
     with pytest.raises(AssertionError):
         check_ours(row, "dmc_proprio", tmp_path)
-    file = tmp_path / "proof-dmc_proprio-walker_walk.json"
+    file = tmp_path / "proof-dmc_walker_walk.json"
     file.write_text('{"rows": [{"training_return": 920}, {"training_return": 940}]}')
     check_ours(row, "dmc_proprio", tmp_path)
     file.write_text('{"rows": [{"training_return": 920, "return": 950}]}')
