@@ -82,7 +82,6 @@ class Trainable(Protocol):
         ...
 
 
-
 class WorldModel(Trainable, Protocol):
     """Predicts what follows from what was seen and done. Random numbers are inputs, drawn by `noise`."""
 
