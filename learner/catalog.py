@@ -101,9 +101,12 @@ def make_agent(
     from learner.compiled import make_compiler
     from learner.devices import resolve_device
     from learner.families.dreamer.agent import DreamerAgent
+    from learner.heap import keep_freed_memory
 
     _check(family, config)
     where = resolve_device(device)
+    if where.type == "cpu":
+        keep_freed_memory()
     if where.index is not None and where.type == "cuda":
         torch.cuda.set_device(where)  # streams, graphs and page-locked memory go by the current device
     return DreamerAgent(

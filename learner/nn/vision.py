@@ -2,10 +2,10 @@
 
 Between the observations and `learner.nn.{encoder,decoder}`, whose plain code says the same under autograd and
 is the oracle of the tests. Convolutions of a few channels are cheap; what costs is every pass over memory in
-between. Hence: few images at a time, so that what one operation leaves the next finds in cache; channels
-last, as the convolutions want them; norms by products with small block matrices, since sums over eight
-channels and their spreading are slow as reductions and broadcasts; pixels shuffled in runs of channels; the
-gradient of the image loss computed with the loss.
+between. Hence: few images at a time on each thread, so that what one operation leaves the next finds in
+cache; channels last, as the convolutions want them; norms by products with small block matrices, since sums
+over eight channels and their spreading are slow as reductions and broadcasts; pixels shuffled in runs of
+channels; the gradient of the image loss computed with the loss.
 
 Where several of four pooled values are the largest, the gradient goes to the first row's, then the first
 column's. Letters: N images, H, W sides of a level, C inputs, O outputs of a convolution, P pixels, r pixels
@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from learner.nn.lanes import run_lanes
 from learner.nn.layers import ROOT_EPS
 
-CHUNK = 16  # images of 64x64 pixels per pass: measured best
+CHUNK = 32  # images of 64x64 pixels per pass: measured best
 LANES = 16  # float32 values of a vector register; convolutions to fewer channels leave some idle
 MIDDLE = 127.5  # pixels are read as (pixel - 127.5) / 255
 NORM_WIDTH = 64  # channels of pixels side by side, at most, in a product with a block matrix
@@ -97,16 +98,14 @@ class _Conv:
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = level.bias.repeat(copies)
         self.padding = [rows // 2, columns // 2]
-        self.weight_grad = torch.zeros_like(self.weight)
-        self.bias_grad = torch.zeros_like(self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, H, W, outputs] of x [N, H, W, inputs]."""
         y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=self.padding)
         return y.permute(0, 2, 3, 1).contiguous()
 
-    def back(self, grad: Tensor, x: Tensor, to_input: bool) -> Tensor | None:
-        """Add to the weights' gradients; return that of x if asked."""
+    def back(self, grad: Tensor, x: Tensor, to_input: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, which is nothing unless asked for, and of weight and bias as computed."""
         by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
             grad.permute(0, 3, 1, 2),
             x.permute(0, 3, 1, 2),
@@ -120,16 +119,14 @@ class _Conv:
             1,
             [to_input, True, True],
         )
-        self.weight_grad += by_weight
-        self.bias_grad += by_bias
-        return by_x.permute(0, 2, 3, 1).contiguous() if to_input else None
+        return by_x.permute(0, 2, 3, 1).contiguous() if to_input else grad[:0], by_weight, by_bias
 
-    def grads(self) -> tuple[Tensor, Tensor]:
-        """Gradients of the level's weight and bias: the fold's transpose of what has been added up."""
+    def unfolded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the level's weight and bias from those of what is computed: the fold's transpose."""
         *maps, own = self._inputs.split(",")
         back = f"{','.join([*maps, self._result])}->{own}"
-        weight = torch.einsum(back, *self._maps, self.weight_grad.reshape(self._folded))
-        return weight, self.bias_grad.view(self._copies, -1).sum(0)
+        unfolded = torch.einsum(back, *self._maps, weight.reshape(self._folded))
+        return unfolded, bias.view(self._copies, -1).sum(0)
 
 
 class _Norm:
@@ -146,7 +143,6 @@ class _Norm:
         self._scaled_mean = self._mean * scales
         self._spread = (self._blocks * scales).t().contiguous()  # [r, r * O]
         self._flat_spread = self._blocks.t().contiguous()
-        self._grad = torch.zeros_like(self._blocks)
 
     def before(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(y [..., O] normed and scaled, as rows [R, r * O]; inverses of the root mean squares [R, r])."""
@@ -154,18 +150,15 @@ class _Norm:
         inverse = torch.mm(rows * rows, self._mean).add_(ROOT_EPS**2).rsqrt_()
         return torch.mm(inverse, self._spread).mul_(rows), inverse
 
-    def back(self, grad: Tensor, y: Tensor, inverse: Tensor) -> Tensor:
-        """Gradient of y, in its shape, from that of what `before` returned; adds to the scale's."""
+    def back(self, grad: Tensor, y: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of y and of the scale from that of what `before` returned."""
         rows, grad = y.view(-1, self._blocks.shape[0]), grad.view(-1, self._blocks.shape[0])
         product = grad * rows
-        self._grad.addmm_(product.t(), inverse)
+        by_scale = torch.mm(product.t(), inverse).mul_(self._blocks).sum(1).view(self._side, -1).sum(0)
         along = torch.mm(product, self._scaled_mean).mul_(inverse**3)
         out = torch.mm(inverse, self._spread).mul_(grad)
-        return out.addcmul_(rows, torch.mm(along, self._flat_spread), value=-1.0).view(y.shape)
-
-    def grads(self) -> Tensor:
-        """Gradient of the scale."""
-        return (self._grad * self._blocks).sum(1).view(self._side, -1).sum(0)
+        out.addcmul_(rows, torch.mm(along, self._flat_spread), value=-1.0)
+        return out.view(y.shape), by_scale
 
 
 def _silu_back(grad: Tensor, before: Tensor) -> Tensor:
@@ -221,14 +214,13 @@ class _EncoderLevel:
         before, inverse = self.norm.before(pooled)
         return F.silu(before, inplace=True).view(pooled.shape), (x, y, taller, pooled, inverse)
 
-    def back(self, grad: Tensor, saved: Sequence[Tensor], to_input: bool) -> Tensor | None:
-        """Gradient of x if asked, from that of the features."""
+    def back(self, grad: Tensor, saved: Sequence[Tensor], to_input: bool) -> tuple[Tensor, ...]:
+        """Gradients of x (nothing unless asked for), weight, bias and scale from that of the features."""
         x, y, taller, pooled, inverse = saved
         before = self.norm.before(pooled)[0]
-        grad = _silu_back(grad.reshape(before.shape), before)
-        grad = _pool_back(self.norm.back(grad, pooled, inverse), y, taller)
-        by_x = self.conv.back(self._pairs(grad), self._pairs(x), to_input)
-        return None if by_x is None else by_x.view(x.shape)
+        grad, by_scale = self.norm.back(_silu_back(grad.reshape(before.shape), before), pooled, inverse)
+        by_x, *by_conv = self.conv.back(self._pairs(_pool_back(grad, y, taller)), self._pairs(x), to_input)
+        return by_x.view(x.shape) if to_input else by_x, *by_conv, by_scale
 
 
 class _DecoderLevel:
@@ -253,16 +245,15 @@ class _DecoderLevel:
         out = self._shuffled(F.silu(before, inplace=True).view(y.shape)).contiguous()
         return out.view(x.shape[0], 2 * x.shape[1], 2 * x.shape[2], -1), (x, y, inverse)
 
-    def back(self, grad: Tensor, saved: Sequence[Tensor]) -> Tensor:
-        """Gradient of x from that of the result."""
+    def back(self, grad: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gradients of x, weight, bias and scale from that of the result."""
         assert self.norm is not None
         x, y, inverse = saved
         images, height, width, _ = x.shape
         before = self.norm.before(y)[0]
         grad = grad.view(images, height, 2, width, -1).transpose(2, 3).reshape(before.shape)
-        by_x = self.conv.back(self.norm.back(_silu_back(grad, before), y, inverse), x, True)
-        assert by_x is not None
-        return by_x
+        grad, by_scale = self.norm.back(_silu_back(grad, before), y, inverse)
+        return *self.conv.back(grad, x, True), by_scale
 
 
 class _Encode(torch.autograd.Function):
@@ -270,35 +261,57 @@ class _Encode(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, pad: tuple[int, int], *flat: Tensor) -> Tensor:
         height, width = image.shape[1] + pad[1], image.shape[2] + pad[0]
         levels = _encoder_levels(flat, height, width)
-        parts: list[Tensor] = []
-        saved: list[Tensor] = []
-        for chunk in image.split(CHUNK):
-            x = torch.sub(chunk, MIDDLE)
+
+        def run(chunk: Tensor) -> tuple[Tensor, list[Tensor]]:
+            x, saved = torch.sub(chunk, MIDDLE), []
             if any(pad):
                 x = F.pad(x, (0, 0, 0, pad[0], 0, pad[1]))
             for level in levels:
                 x, kept = level.forward(x)
                 saved += kept
-            parts.append(x)
-        ctx.save_for_backward(*flat, *saved)
+            return x, saved
+
+        parts = run_lanes(run, image.split(CHUNK))
+        ctx.save_for_backward(*flat, *(tensor for _, saved in parts for tensor in saved))
         ctx.sides, ctx.count = (height, width), len(flat)
-        return torch.cat(parts)
+        return torch.cat([x for x, _ in parts])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         flat, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         levels = _encoder_levels(flat, *ctx.sides)
-        step = 5 * len(levels)  # tensors kept per chunk
-        for n, chunk in enumerate(grads[0].split(CHUNK)):
-            kept, grad = saved[n * step : (n + 1) * step], chunk
+
+        def run(part: tuple[Tensor, Sequence[Tensor]]) -> list[Tensor]:
+            grad, kept = part
+            found: list[Tensor] = []
             for at in reversed(range(len(levels))):
-                assert grad is not None
-                grad = levels[at].back(grad, kept[5 * at : 5 * at + 5], at > 0)
-        out: list[Tensor] = []
-        for at, level in enumerate(levels):
-            weight, bias = level.conv.grads()
-            out += [weight if at else weight / 255.0, bias, level.norm.grads()]
-        return (None, None, *out)
+                grad, *by_weights = levels[at].back(grad, kept[5 * at : 5 * at + 5], at > 0)
+                found = by_weights + found
+            return found
+
+        parts = run_lanes(run, _with_chunks(grads[0].split(CHUNK), saved))
+        return (None, None, *_unfolded(levels, parts, 1.0 / 255.0))
+
+
+def _with_chunks(chunks: Sequence[Tensor], saved: Sequence[Tensor]) -> list[tuple[Tensor, Sequence[Tensor]]]:
+    """Each chunk with what was saved for it; as many tensors for each."""
+    step = len(saved) // len(chunks)
+    return [(chunk, saved[n * step : (n + 1) * step]) for n, chunk in enumerate(chunks)]
+
+
+def _unfolded(
+    levels: Sequence[_EncoderLevel | _DecoderLevel], parts: Sequence[Sequence[Tensor]], factor: float
+) -> list[Tensor | None]:
+    """Gradients of the levels' weights: the sum, in a fixed order, of those of all chunks.
+
+    `factor`: what the first level's weight was multiplied with.
+    """
+    sums = iter([torch.stack(same).sum(0) for same in zip(*parts, strict=True)])
+    out: list[Tensor | None] = []
+    for level in levels:
+        weight, bias = level.conv.unfolded(next(sums), next(sums))
+        out += [weight if out else weight * factor, bias, None if level.norm is None else next(sums)]
+    return out
 
 
 def _levels(flat: Sequence[Any]) -> list[Level]:
@@ -316,38 +329,37 @@ class _Reconstruct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, image: Tensor, channels: tuple[int, ...], *flat: Any) -> Tensor:
         levels = [_DecoderLevel(level) for level in _levels(flat)]
-        parts: list[Tensor] = []
-        saved: list[Tensor] = []
-        for maps, target in zip(x.split(CHUNK), image.split(CHUNK), strict=True):
-            maps = maps.contiguous()
+
+        def run(part: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
+            maps, saved = part[0].contiguous(), []
             for level in levels[:-1]:
                 maps, kept = level.forward(maps)
                 saved += kept
             pixels = levels[-1].conv(maps).sigmoid_()  # [N, h, w, 4 C]
-            error, slope = _image_error(pixels, target)
-            parts.append(_square_sums(error, channels))
-            saved += [maps, slope]
-        ctx.save_for_backward(*flat, *saved)
+            error, slope = _image_error(pixels, part[1])
+            return _square_sums(error, channels), [*saved, maps, slope]
+
+        parts = run_lanes(run, list(zip(x.split(CHUNK), image.split(CHUNK), strict=True)))
+        ctx.save_for_backward(*flat, *(tensor for _, saved in parts for tensor in saved))
         ctx.channels, ctx.count = channels, len(flat)
-        return torch.cat(parts)
+        return torch.cat([sums for sums, _ in parts])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         flat, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         levels = [_DecoderLevel(level) for level in _levels(flat)]
-        step = 3 * len(levels) - 1  # tensors kept per chunk
-        out: list[Tensor | None] = []
-        for n, chunk in enumerate(grads[0].split(CHUNK)):
-            *kept, maps, slope = saved[n * step : (n + 1) * step]
-            grad = levels[-1].conv.back(_scaled(slope, chunk, ctx.channels), maps, True)
+
+        def run(part: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, list[Tensor]]:
+            *kept, maps, slope = part[1]
+            grad, *found = levels[-1].conv.back(_scaled(slope, part[0], ctx.channels), maps, True)
             for at in reversed(range(len(levels) - 1)):
-                assert grad is not None
-                grad = levels[at].back(grad, kept[3 * at : 3 * at + 3])
-            out.append(grad)
-        by_weights: list[Tensor | None] = []
-        for level in levels:
-            by_weights += [*level.conv.grads(), None if level.norm is None else level.norm.grads()]
-        return (torch.cat([part for part in out if part is not None]), None, None, *by_weights)
+                grad, *by_weights = levels[at].back(grad, kept[3 * at : 3 * at + 3])
+                found = by_weights + found
+            return grad, found
+
+        parts = run_lanes(run, _with_chunks(grads[0].split(CHUNK), saved))
+        by_weights = _unfolded(levels, [found for _, found in parts], 1.0)
+        return (torch.cat([grad for grad, _ in parts]), None, None, *by_weights)
 
 
 def _image_error(pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
