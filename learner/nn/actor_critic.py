@@ -23,7 +23,7 @@ from learner.nn.imagine_rows import LayerTrace, Traces
 from learner.nn.lanes import run_lanes
 from learner.nn.twohot import TwoHot, twohot
 
-BLOCK = 512
+BLOCK = 1024
 """Rows whose gradients are computed together on a CPU."""
 LANES = 4
 """Sums over rows are added up in this many parts, whatever the number of threads."""
