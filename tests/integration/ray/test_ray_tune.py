@@ -89,7 +89,9 @@ def test_a_learner_is_not_left_waiting_for_a_gpu_that_is_not_there(
     if ray.cluster_resources().get("GPU"):
         pytest.skip("this machine has a GPU")
     asked = spec("learner")
-    asked = dataclasses.replace(asked, config={**asked.config, "learner": {"device": "cuda", "threads": 1}})
+    asked = dataclasses.replace(
+        asked, config={**asked.config, "learner": {"device": "cuda", "threads": 1, "ranks": 1}}
+    )
     fleet = RayFleet(run_dir.path)
     with pytest.raises(PreflightError, match="needs 1 GPU"):
         fleet.launch(asked)
