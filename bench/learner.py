@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:0 or auto")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument(
-        "--backend", choices=["auto", "torch", "native"], default="auto", help="who computes the hot regions"
+        "--backend",
+        choices=["each", "auto", "torch", "native"],
+        default="each",
+        help="who computes the hot regions; each: torch, and native where it can be had",
     )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
@@ -65,18 +68,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """update_ms, params, gflop and cpu_per_wall of each case, then policy_ms for 1, 8 and 16 environments."""
+    """update_ms, params, gflop and cpu_per_wall of each case and backend, then policy_ms of 1, 8, 16 envs."""
     torch.set_num_threads(options.threads)
-    settings = {"size": SIZES[options.size], "dtype": options.dtype, "backend": options.backend}
-    config = make_config("dreamer", settings)
+    settings = {"size": SIZES[options.size], "dtype": options.dtype}
+    configs = [make_config("dreamer", settings | {"backend": name}) for name in _backends(options)]
     cases = list(CASES) if options.case == "all" else [options.case]
     yield _peak_row(options)
     for case in cases:
         ours = math.inf
-        for row in _update_rows(case, config, options):
-            if row.metric == "update_ms":
-                ours = min(ours, row.value)
-            yield row
+        for config in configs:
+            for row in _update_rows(case, config, options):
+                if row.metric == "update_ms":
+                    ours = min(ours, row.value)
+                yield row
         if options.peers and _equal_work(options):
             from bench.learner_peers import peer_rows
 
@@ -84,7 +88,16 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     torch.set_num_threads(1)
     for case in cases:
         for count in (1, 8, 16):
-            yield _policy_row(case, config, count, options.seconds / 5)
+            yield _policy_row(case, configs[0], count, options.seconds / 5)
+
+
+def _backends(options: argparse.Namespace) -> list[str]:
+    if options.backend != "each":
+        return [options.backend]
+    from learner.native.library import available
+
+    plain = options.device == "cpu" and options.dtype == "fp32"
+    return ["torch", "native"] if plain and available() else ["torch"]
 
 
 def _equal_work(options: argparse.Namespace) -> bool:
@@ -170,7 +183,6 @@ def _update_rows(case: str, config: DreamerConfig, options: argparse.Namespace) 
     sequence = synthetic_sequence(env, config, options.batch, options.length)
     carry: Any = agent.initial(options.batch)
     gflop = update_gflop(env, config, sequence)
-    native = float(agent.behavior.backend.name == "native")
     for _ in range(3):  # buffers, caches, compiled parts
         agent.learn(sequence, carry)
 
@@ -179,10 +191,9 @@ def _update_rows(case: str, config: DreamerConfig, options: argparse.Namespace) 
     after, _ = _peak(options)
     share = gflop / (samples.median / 1000) / max(before, after)
     name = case if options.size == "1m" else f"{case}-{options.size}"
-    name = name if options.backend == "auto" else f"{name}-{options.backend}"
+    name = f"{name} {agent.behavior.backend.name}"
     yield samples.row("learner", name, "update_ms", "ms", ratio=share, ratio_to="matmul_peak")
     yield samples.row("learner", name, "cpu_per_wall", "cores", value=samples.cpu_per_wall)
-    yield Row(bench="learner", case=name, metric="native", value=native, unit="0 or 1")
     yield Row(bench="learner", case=name, metric="gflop", value=gflop, unit="GFLOP")
     yield Row(bench="learner", case=name, metric="params", value=agent.parameter_count(), unit="parameters")
 
