@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ REQUIREMENTS = (
 """Installed in this order: torch alone first, so that what follows takes the same build as ours."""
 INSTALL_SECONDS = 1800.0
 RUN_SECONDS = 600.0
+SPINS = "300000"
+"""What libgomp does unless told otherwise: the learner room tells it, peers keep the default."""
 
 
 def peer_python() -> Path:
@@ -41,8 +44,11 @@ def peer_python() -> Path:
 
 def peer_output(command: list[str], seconds: float = RUN_SECONDS) -> str:
     """What a command prints. Raises: InfrastructureError when it fails or takes longer than `seconds`."""
+    environment = {**os.environ, "GOMP_SPINCOUNT": SPINS}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, env=environment
+        )
     except subprocess.TimeoutExpired as error:
         raise InfrastructureError(
             f"`{' '.join(command)}` ran for {seconds:g} s without ending; run it alone"
