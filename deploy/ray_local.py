@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 << 20
 """No experience crosses Ray's object store; this is near its least size."""
 START_ATTEMPTS = 3
+SLOWEST_START = 90
+"""Seconds that Ray's first server may take to come up; 30 by itself, which a busy machine can exceed."""
 LONGEST_TEMPORARY = 24
 """Ray puts sockets 80 characters deeper, and a socket's path must stay below 107."""
 
@@ -43,6 +46,7 @@ def prepare_ray() -> None:
     if not {"RAY_AUTH_MODE", "RAY_ADDRESS"} & os.environ.keys():
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(SLOWEST_START))
 
 
 def join_ray(address: str, **arguments: Any) -> None:
@@ -66,8 +70,21 @@ def join_ray(address: str, **arguments: Any) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _kill_started_in(directory: str) -> None:
-    """End what a failed start of Ray left running: our children that were told this directory."""
+def _end_failed_start(error: BaseException, directory: str) -> None:
+    """End what a failed start of Ray left running.
+
+    Ray's node object starts the processes within its constructor, so one that failed is known to nobody but
+    the frames of its error; it alone can wait for its children, without which each is warned about when it
+    is collected. What it does not know itself goes by the directory our children were told.
+    """
+    from ray._private.node import Node
+
+    cause = error.__cause__
+    for frame, _ in traceback.walk_tb(cause.__traceback__ if cause is not None else None):
+        node = frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+            break
     left: list[psutil.Process] = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -116,9 +133,9 @@ class LocalRay:
                 _temp_dir=self._directory,
                 _node_ip_address="127.0.0.1",
             )
-        except InfrastructureError:
+        except InfrastructureError as error:
             ray.shutdown()
-            _kill_started_in(self._directory)
+            _end_failed_start(error, self._directory)
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
 
