@@ -22,6 +22,7 @@ from replay.service import serve_shard
 from replay.shard import ReplayShard
 from system.errors import InfrastructureError
 from system.experience import StreamId
+from system.heap import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 5
@@ -82,7 +83,8 @@ def insert_samples(root: Path, case: str, clients: int, seconds: float) -> Sampl
 
 
 def serve(root: str, case: str) -> None:
-    """Child process: a shard without limits until stdin closes."""
+    """Child process: a shard without limits until stdin closes; set up as `deploy.roles.ShardRole` does."""
+    keep_freed_memory(one_heap=True)
     shard = ReplayShard(Path(root), 0, TABLES[case](), capacity_rows=CAPACITY_ROWS[case])
     server = serve_shard(shard, "127.0.0.1:0")
     print(server.port, flush=True)

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from deploy import assemble
 from deploy.run_config import RunConfig
 from system.errors import PreflightError
+from system.heap import keep_freed_memory
 from system.metrics import Metrics
 from system.specs import EnvSpec
 
@@ -113,6 +114,7 @@ class ShardRole:
     def start(self) -> dict[str, Any]:
         env_spec = EnvSpec.from_json(self._spec.env_spec)
         spec, config = self._spec, self._config
+        keep_freed_memory(one_heap=True)
         self._shard = assemble.replay_shard(config, env_spec, spec.run_dir, spec.index, self.metrics)
         self._server = _bind(lambda: assemble.shard_server(config, self._shard, spec.port), spec)
         return {"address": f"{self._config.services.host}:{self._server.port}", **self._status()}

@@ -101,7 +101,7 @@ def make_agent(
     from learner.compiled import make_compiler
     from learner.devices import resolve_device
     from learner.families.dreamer.agent import DreamerAgent
-    from learner.heap import keep_freed_memory
+    from system.heap import keep_freed_memory
 
     _check(family, config)
     where = resolve_device(device)

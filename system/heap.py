@@ -1,7 +1,7 @@
-"""Keeps the memory that an update frees, for the next update: glibc would give it back to the system.
+"""Keeps the memory that one round frees for the next round: glibc would give it back to the system.
 
 The system clears each page it hands out anew. An update on images frees and takes some 500 MB, and spent a
-seventh of its time on that.
+seventh of its time on that; a replay shard that takes appends of 6 MB spent as much.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import os
 
 log = logging.getLogger(__name__)
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # as in glibc's malloc.h
 NEVER = -1
 LARGEST = 32 << 20
 """Bytes: glibc takes no higher threshold for blocks with a mapping of their own."""
-SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
 
 
 @functools.cache
-def keep_freed_memory() -> bool:
-    """Whether this process now keeps what it frees: not with another C library, nor one set up by hand."""
+def keep_freed_memory(*, one_heap: bool = False) -> bool:
+    """Whether this process now keeps what it frees: not with another C library, nor one set up by hand.
+
+    `one_heap`: all threads share one, for processes whose many threads take turns with large blocks; the heap
+    that a thread has to itself is given back whatever the thresholds. Ask before threads are started.
+    """
     if any(name in os.environ for name in SETTINGS):
         return False
     try:
@@ -30,6 +34,8 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # no glibc: musl, macOS
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
+    if one_heap:
+        mallopt(ARENA_MAX, 1)
     kept = bool(mallopt(MMAP_THRESHOLD, LARGEST)) and bool(mallopt(TRIM_THRESHOLD, NEVER))
     log.info("freed memory is kept", extra={"kept": kept})
     return kept

@@ -1,4 +1,4 @@
-"""Memory that an update frees stays with the process."""
+"""Memory that a process frees stays with the process."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import numpy as np
-from learner.heap import keep_freed_memory
+from system.heap import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
