@@ -8,7 +8,7 @@ page-locked memory on another stream and are waited for only when somebody reads
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +17,14 @@ from torch import Tensor
 
 Arrays = dict[str, NDArray[np.generic]]
 Tensors = dict[str, Tensor]
+Buffers = TypeVar("Buffers")
 
 SLOTS = 2
 """Batches on the device at a time: one in use, one arriving."""
+KINDS = 3
+"""Kinds of batches, by names and shapes, whose buffers are kept: those of training, and the small ones of
+probes in between, which must not cost the next batch its buffers.
+"""
 
 
 class Upload(Protocol):
@@ -85,26 +90,48 @@ def to_array(tensor: Tensor) -> NDArray[np.generic]:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+class Turns(Generic[Buffers]):
+    """Sets of buffers for arrays of a few kinds: SLOTS of each kind, used in turn."""
+
+    def __init__(self, make: Callable[[Mapping[str, NDArray[np.generic]]], Buffers]) -> None:
+        """make(arrays): new buffers for arrays of these names, shapes and types."""
+        self._make = make
+        self._rings: dict[tuple[Any, ...], list[Buffers]] = {}  # used last comes last, next to use is first
+
+    def take(self, arrays: Mapping[str, NDArray[np.generic]]) -> Buffers:
+        """The buffers of this kind that were not used for longest; new ones while there are fewer than SLOTS.
+
+        A kind that is new when there are KINDS takes the place of the one not seen for longest.
+        """
+        kind = tuple((name, array.shape, array.dtype.str) for name, array in sorted(arrays.items()))
+        ring = self._rings.pop(kind, [])
+        if not ring and len(self._rings) >= KINDS:
+            del self._rings[next(iter(self._rings))]
+        buffers = self._make(arrays) if len(ring) < SLOTS else ring.pop(0)
+        self._rings[kind] = [*ring, buffers]
+        return buffers
+
+
 class CudaUpload:
-    """Two sets of buffers in turn, filled on a stream of their own."""
+    """Two sets of buffers in turn for each kind of batch, filled on a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._slots = [_Slot() for _ in range(SLOTS)]
-        self._calls = 0
-        self._arrived: torch.cuda.Event | None = None
+        self._turns = Turns(self._allocate)
+        self._last: _Slot | None = None
+
+    def _allocate(self, arrays: Mapping[str, NDArray[np.generic]]) -> _Slot:
+        """Memory that was freed for it may still be read by what was launched: wait."""
+        self._stream.synchronize()
+        torch.cuda.current_stream(self._device).synchronize()
+        return _Slot(arrays, self._device)
 
     def __call__(self, arrays: Mapping[str, NDArray[np.generic]]) -> Tensors:
         main = torch.cuda.current_stream(self._device)
-        # Whatever reads the batch before this one has been launched by now.
-        self._slots[(self._calls - 1) % SLOTS].read.record(main)
-        slot = self._slots[self._calls % SLOTS]
-        self._calls += 1
-        if not slot.fits(arrays):
-            self._stream.synchronize()
-            main.synchronize()
-            slot.allocate(arrays, self._device)
+        if self._last is not None:  # whatever reads the batch before this one has been launched by now
+            self._last.read.record(main)
+        slot = self._last = self._turns.take(arrays)
         if slot.arrived is not None:
             slot.arrived.synchronize()  # two calls ago: its page-locked buffers are free again
         with torch.cuda.stream(self._stream):
@@ -114,32 +141,21 @@ class CudaUpload:
             slot.arrived = torch.cuda.Event(blocking=True)
             slot.arrived.record(self._stream)
         main.wait_event(slot.arrived)
-        self._arrived = slot.arrived
         return dict(slot.device)
 
     def settle(self) -> None:
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self._last is not None and self._last.arrived is not None:
+            self._last.arrived.synchronize()
 
 
 class _Slot:
     """Page-locked and device buffers of one batch."""
 
-    def __init__(self) -> None:
-        self.host: Tensors = {}
-        self.device: Tensors = {}
-        self.read = torch.cuda.Event()  # the device is done with `device`
-        self.arrived: torch.cuda.Event | None = None  # the device is done with `host`
-
-    def fits(self, arrays: Mapping[str, NDArray[np.generic]]) -> bool:
-        return self.device.keys() == arrays.keys() and all(
-            tuple(self.device[name].shape) == array.shape and self.host[name].numpy().dtype == array.dtype
-            for name, array in arrays.items()
-        )
-
-    def allocate(self, arrays: Mapping[str, NDArray[np.generic]], device: torch.device) -> None:
+    def __init__(self, arrays: Mapping[str, NDArray[np.generic]], device: torch.device) -> None:
         self.host = {name: torch.from_numpy(pinned_like(array)) for name, array in arrays.items()}
         self.device = {name: torch.empty_like(host, device=device) for name, host in self.host.items()}
+        self.read = torch.cuda.Event()  # the device is done with `device`
+        self.arrived: torch.cuda.Event | None = None  # the device is done with `host`
 
     def source(self, name: str, array: NDArray[np.generic]) -> Tensor:
         """The array itself when it is page-locked, else a copy that is."""
