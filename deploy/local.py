@@ -124,7 +124,10 @@ class LocalFleet:
         return {key: self._status(key) for key in self._children}
 
     def _status(self, key: str) -> RoleStatus:
-        code = self._children[key].poll()
+        child = self._children[key]
+        if isinstance(child, OfferedRole) and not child.taken:
+            self._launched[key] = time.time()  # torchrun may come as late as it likes
+        code = child.poll()
         record = self._record(key)
         spoke = float(record.get("time", self._launched[key]))
         state = str(record.get("state", "starting"))
@@ -136,7 +139,7 @@ class LocalFleet:
         return RoleStatus(
             state=state,
             age=max(0.0, time.time() - spoke),
-            pid=self._children[key].pid,
+            pid=child.pid,
             address=str(record.get("address", "")),
             metrics_port=int(record.get("metrics_port", 0)),
             payload=record.get("payload", {}),

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -58,22 +59,39 @@ class OfferedRole:
             temporary.rename(self._offer)
 
     @property
+    def taken(self) -> bool:
+        """Whether a process came for it, or nobody can any more: until then there is nobody to be silent."""
+        return self._code is not None or not self._offer.exists()
+
+    @property
     def pid(self) -> int:
         """Of who took it; 0 before."""
+        record = self._record()
+        return int(record["pid"]) if record else 0
+
+    def _record(self) -> dict[str, Any]:
+        """The newest word of this life; empty before the first."""
         try:
             record = json.loads((self._run_dir / "status" / f"{self._spec.key}.json").read_text())
         except (FileNotFoundError, ValueError):
-            return 0
-        return int(record["pid"]) if record.get("incarnation") == self._spec.incarnation else 0
+            return {}
+        return record if record.get("incarnation") == self._spec.incarnation else {}
+
+    def _process(self) -> psutil.Process | None:
+        """Who took it, while it lives. A process that began after its last word is a stranger who was given
+        the same number.
+        """
+        record = self._record()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if record and (found := psutil.Process(int(record["pid"]))).create_time() < record["time"]:
+                return found if found.status() != psutil.STATUS_ZOMBIE else None
+        return None
 
     def poll(self) -> int | None:
         """None while it waits for a process or has one; else 0 when nobody took it, or 1: no exit code is
         known of a process that is not ours. What it said itself counts more.
         """
-        if self._code is None and (pid := self.pid):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                    return None
+        if self._code is None and self.pid and self._process() is None:
             self._code = 1
         return self._code
 
@@ -89,9 +107,9 @@ class OfferedRole:
         try:
             self._offer.unlink()
         except FileNotFoundError:
-            if pid := self.pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+            if process := self._process():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
         else:
             self._code = 0
 

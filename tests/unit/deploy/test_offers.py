@@ -5,11 +5,14 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from deploy.local import LocalFleet
 from deploy.offers import OfferedRole, claim
 from deploy.roles import RoleSpec
 from deploy.torchrun import rank_of, why_not
@@ -23,10 +26,11 @@ def spec(run_dir: Path, incarnation: int = 1) -> RoleSpec:
     )  # fmt: skip
 
 
-def say(run_dir: Path, pid: int, incarnation: int = 1) -> None:
+def say(run_dir: Path, pid: int, incarnation: int = 1, *, seconds_ago: float = 0.0) -> None:
     """As a role does in its status file."""
     (run_dir / "status").mkdir(exist_ok=True)
-    record = {"pid": pid, "incarnation": incarnation, "state": "running"}
+    when = time.time() - seconds_ago
+    record = {"pid": pid, "incarnation": incarnation, "state": "running", "time": when}
     (run_dir / "status" / "learner-1.json").write_text(json.dumps(record))
 
 
@@ -80,6 +84,31 @@ def test_role_lives_as_long_as_the_process_that_took_it(tmp_path: Path, sleeper:
     offered.kill()
     assert sleeper.wait(20) == -9
     assert offered.poll() == 1
+
+
+def test_stranger_with_the_number_of_a_role_that_ended_is_left_alone(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+):
+    offered = OfferedRole(tmp_path, spec(tmp_path))
+    claim(tmp_path, "learner-1", lambda: True)
+    say(tmp_path, sleeper.pid, seconds_ago=60.0)  # the sleeper began after that
+    offered.terminate()
+    offered.kill()
+    assert offered.wait(1.0) == 1
+    assert sleeper.poll() is None
+
+
+def test_ranks_that_wait_for_torchrun_are_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = {"learner": {"launch": "torchrun"}}
+    fleet = LocalFleet(tmp_path)
+    fleet.launch(replace(spec(tmp_path), config=config))
+    now = time.time()
+    monkeypatch.setattr("deploy.local.time.time", lambda: now + 1000.0)
+    assert fleet.statuses()["learner-1"].age == 0.0
+    claim(tmp_path, "learner-1", lambda: True)
+    assert fleet.statuses()["learner-1"].age == 0.0
+    monkeypatch.setattr("deploy.local.time.time", lambda: now + 1060.0)
+    assert fleet.statuses()["learner-1"].age == 60.0  # it came, and says nothing
 
 
 def test_process_that_took_an_offer_and_never_spoke_can_be_given_up(tmp_path: Path):
