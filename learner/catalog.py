@@ -133,6 +133,26 @@ def make_policy(family: str, config: DreamerConfig, env: EnvSpec, *, seed: int, 
     return DreamerPolicy(config, env, seed=seed)
 
 
+def policy_shapes(family: str, config: DreamerConfig, env: EnvSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that a policy of these settings takes, by name; found without memory for them.
+
+    Raises: RuntimeError for sizes that no tensor can have.
+    """
+    import torch
+
+    from learner.families.dreamer.behavior import make_actor
+    from learner.families.dreamer.world_model import make_encoder, rssm_sizes
+    from learner.nn.acting import PlainStep
+    from learner.nn.rssm import RSSM
+
+    _check(family, config)
+    with torch.device("meta"):
+        sizes, encoder = rssm_sizes(config), make_encoder(config, env)
+        rssm = RSSM(sizes, env.action.width, encoder.outputs, acting=True)
+        step = PlainStep(encoder, rssm, make_actor(config, sizes.feat, env.action), env.action.width)
+    return {name: tuple(parameter.shape) for name, parameter in step.named_parameters()}
+
+
 def _check(family: str, config: DreamerConfig) -> None:
     if not isinstance(config, FAMILIES.get(family, ())):
         raise ConfigError(

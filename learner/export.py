@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from learner.catalog import make_config, make_policy
+from learner.catalog import make_config, make_policy, policy_shapes
 from learner.state_files import write_arrays
 from system.errors import ConfigError, IntegrityError, PreflightError, SchemaError
 from system.experience import Step
@@ -36,6 +36,8 @@ KIND, FORMAT = "dreamfleet-policy", 1
 SPEC, WEIGHTS, PROGRAM = "policy.json", "weights.safetensors", "policy.pt2"
 MAX_SPEC_BYTES = 1 << 20
 READ_BYTES = 1 << 20
+MANY_LAYERS = 64
+"""More layers than this are believed only when the weights have as many arrays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +203,7 @@ def load_policy(path: str | Path, *, seed: int = 0, threads: int = 1) -> LoadedP
         spec = PolicySpec(
             family=str(body["family"]),
             settings=dict(body["settings"]),
-            env=EnvSpec.from_json(body["env"]),
+            env=_checked(EnvSpec.from_json(body["env"])),
             version=PolicyVersion(*map(int, body["version"])),
             source=dict(body["source"]),
             weights_digest=str(body["weights_digest"]),
@@ -218,11 +220,39 @@ def load_policy(path: str | Path, *, seed: int = 0, threads: int = 1) -> LoadedP
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise _damaged(folder / WEIGHTS, repr(error)) from error
     weights = Weights(version=spec.version, arrays=arrays, digest=spec.weights_digest).verify()
-    policy = make_policy(
-        spec.family, make_config(spec.family, spec.settings), spec.env, seed=seed, threads=threads
-    )
+    config = _config_for(spec, weights, folder / SPEC)
+    policy = make_policy(spec.family, config, spec.env, seed=seed, threads=threads)
     policy.load(weights)
     return LoadedPolicy(spec, policy)
+
+
+def _checked(env: EnvSpec) -> EnvSpec:
+    """The specification itself. Raises: ValueError for arrays that no environment shows."""
+    for key, spec in env.obs.items():
+        if min(spec.shape, default=1) < 1 or (spec.kind == "image" and len(spec.shape) != 3):
+            raise ValueError(f"observation {key!r} is {spec.kind} of shape {spec.shape}")
+    return env
+
+
+def _config_for(spec: PolicySpec, weights: Weights, file: Path) -> Any:
+    """The family's config, once it is sure that what it asks for is as large as the weights: policy.json may
+    be forged, and sizes in it must not cost memory. Raises: SchemaError, IntegrityError.
+    """
+    from learner.nn.optim import check_arrays
+
+    try:
+        config = make_config(spec.family, spec.settings)
+    except TypeError as error:  # a list where a name belongs
+        raise _damaged(file, str(error)) from error
+    layers = max((value for name, value in config if name.endswith("_layers")), default=0)
+    if layers > max(MANY_LAYERS, len(weights.arrays)):
+        raise _damaged(file, f"it asks for {layers} layers, {WEIGHTS} has {len(weights.arrays)} arrays")
+    try:
+        shapes = policy_shapes(spec.family, config, spec.env)
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
+        raise _damaged(file, str(error)) from error
+    check_arrays(shapes, weights.arrays, f"weights for {file.name}")
+    return config
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from learner.catalog import make_agent, make_config, overlay_columns
+from learner.catalog import make_agent, make_config, make_policy, overlay_columns, policy_shapes
 from learner.devices import describe, resolve_device
 from learner.families.dreamer.config import SIZES, DreamerConfig
 from learner.interfaces import check_needs
@@ -103,6 +103,19 @@ def test_overlay_columns_follow_the_size():
         "deter": ArraySpec(shape=(512,), dtype="uint16"),
         "stoch": ArraySpec(shape=(32,), dtype="uint8"),
     }
+
+
+@pytest.mark.parametrize("side", [0, 8, 32])
+@pytest.mark.parametrize(
+    "action", [ActionSpec(kind="discrete", classes=(2, 3)), ActionSpec(kind="continuous", size=2)]
+)
+def test_shapes_told_beforehand_are_those_of_the_policy(action: ActionSpec, side: int):
+    image = {"image": ArraySpec(shape=(side, side, 3), dtype="uint8", kind="image")} if side else {}
+    env = EnvSpec(name="toy", obs={**ENV.obs, **image} if side < 32 else image, action=action)
+    config = make_config("dreamer", {"size": "nano"})
+    policy = make_policy("dreamer", config, env, seed=0, threads=0)
+    made = {name: tuple(p.shape) for name, p in policy.plain.named_parameters()}  # type: ignore[attr-defined]
+    assert policy_shapes("dreamer", config, env) == made
 
 
 def test_config_and_columns_need_no_torch():

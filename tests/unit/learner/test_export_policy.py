@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from learner.catalog import make_config, make_policy
-from learner.export import PROGRAM, SPEC, WEIGHTS, export_policy, load_policy
+from learner.export import PROGRAM, SPEC, WEIGHTS, _digest, export_policy, load_policy
 from learner.program import check_program
 from system.errors import ConfigError, IntegrityError, SchemaError
 from system.experience import Step
@@ -219,9 +219,8 @@ def _same_json(damage, whole):
         return False
 
 
-def test_specification_that_was_changed_with_its_digest_is_still_checked(folder):
-    from learner.export import _digest
-
+def forger(folder):
+    """(policy.json without its digest, what writes it with changes and the digest that then is right)."""
     body = json.loads((folder / SPEC).read_text())
     body.pop("digest")
 
@@ -229,6 +228,36 @@ def test_specification_that_was_changed_with_its_digest_is_still_checked(folder)
         changed = body | changes
         (folder / SPEC).write_text(json.dumps(changed | {"digest": _digest(changed)}))
 
+    return body, rewritten
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [{"units": 10**9}, {"deter": 2**40}, {"deter": 2**62}, {"deter": 10**30 * 8}, {"stoch": 10**12},
+     {"size": "size400m", "deter": 2**40}, {"actor_layers": 10**12}, {"encoder_layers": 2**62}],
+)  # fmt: skip
+def test_forged_sizes_are_refused_before_memory_is_asked_for(folder, forged):
+    body, rewritten = forger(folder)
+    rewritten(settings=body["settings"] | forged)
+    with pytest.raises((SchemaError, IntegrityError), match=SPEC):
+        load_policy(folder, threads=0)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [{"shape": []}, {"shape": [10**9, 16, 3]}, {"kind": "vector", "shape": [10**12]}, {"shape": [16, -16, 3]},
+     {"kind": "discrete", "classes": 2**40}],
+)  # fmt: skip
+def test_forged_observations_are_refused_before_memory_is_asked_for(folder, forged):
+    body, rewritten = forger(folder)
+    image = body["env"]["obs"]["image"] | forged
+    rewritten(env=body["env"] | {"obs": body["env"]["obs"] | {"image": image}})
+    with pytest.raises((SchemaError, IntegrityError)):
+        load_policy(folder, threads=0)
+
+
+def test_specification_that_was_changed_with_its_digest_is_still_checked(folder):
+    body, rewritten = forger(folder)
     rewritten(format=2)
     with pytest.raises(ConfigError, match="format 2"):
         load_policy(folder)
@@ -240,6 +269,9 @@ def test_specification_that_was_changed_with_its_digest_is_still_checked(folder)
         load_policy(folder)
     rewritten(settings=body["settings"] | {"units": 24})
     with pytest.raises(SchemaError, match="belong to another model"):
+        load_policy(folder)
+    rewritten(settings=body["settings"] | {"size": ["nano"]})
+    with pytest.raises(IntegrityError, match=SPEC):
         load_policy(folder)
 
 
