@@ -44,7 +44,7 @@ void forward_part(const Rollout &a, const Weights &w, int64_t first, int64_t row
     const int64_t d = D / G;
     Scratch scratch;
     float *before = scratch.take(rows * D), *masked = scratch.take(rows * Z), *inputs = scratch.take(rows * 2 * U);
-    float *active = scratch.take(rows * D), *logits = scratch.take(rows * Z), *mixed = scratch.take(rows * Z);
+    float *active = scratch.take(rows * std::max(D, U)), *logits = scratch.take(rows * Z), *mixed = scratch.take(rows * Z);
     int32_t *index = scratch.take<int32_t>(rows * S);
     for (int64_t t = 0; t < a.time; t++) {
         const int64_t at = t * B + first;

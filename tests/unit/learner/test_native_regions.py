@@ -52,6 +52,7 @@ SIZES = {
     "odd": {"deter": 24, "hidden": 10, "stoch": 5, "classes": 3, "blocks": 2},
     "whole registers": {"deter": 64, "hidden": 32, "stoch": 16, "classes": 4, "blocks": 4},
     "tiny": {"deter": 5, "hidden": 3, "stoch": 1, "classes": 2, "blocks": 1},
+    "narrow": {"deter": 4, "hidden": 40, "units": 70, "stoch": 3, "classes": 2, "blocks": 2},
 }
 
 
