@@ -24,7 +24,7 @@ from torch import Tensor
 from learner.nn.lanes import run_lanes
 from learner.nn.layers import ROOT_EPS
 
-CHUNK = 32  # images of 64x64 pixels per pass: measured best
+CHUNK = 64  # images of 64x64 pixels per pass: measured best; small maps make the calls count
 LANES = 16  # float32 values of a vector register; convolutions to fewer channels leave some idle
 MIDDLE = 127.5  # pixels are read as (pixel - 127.5) / 255
 NORM_WIDTH = 64  # channels of pixels side by side, at most, in a product with a block matrix
@@ -150,19 +150,16 @@ class _Norm:
         inverse = torch.mm(rows * rows, self._mean).add_(ROOT_EPS**2).rsqrt_()
         return torch.mm(inverse, self._spread).mul_(rows), inverse
 
-    def back(self, grad: Tensor, y: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of y and of the scale from that of what `before` returned."""
-        rows, grad = y.view(-1, self._blocks.shape[0]), grad.view(-1, self._blocks.shape[0])
+    def silu_back(self, grad: Tensor, y: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of y and of the scale from that of the SiLU of what `before` returned."""
+        rows = y.view(-1, self._blocks.shape[0])
+        factor = torch.mm(inverse, self._spread)
+        grad = torch.ops.aten.silu_backward(grad.reshape(rows.shape), factor * rows)
         product = grad * rows
         by_scale = torch.mm(product.t(), inverse).mul_(self._blocks).sum(1).view(self._side, -1).sum(0)
         along = torch.mm(product, self._scaled_mean).mul_(inverse**3)
-        out = torch.mm(inverse, self._spread).mul_(grad)
-        out.addcmul_(rows, torch.mm(along, self._flat_spread), value=-1.0)
+        out = factor.mul_(grad).addcmul_(rows, torch.mm(along, self._flat_spread), value=-1.0)
         return out.view(y.shape), by_scale
-
-
-def _silu_back(grad: Tensor, before: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(grad, before)
 
 
 def _pool(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,8 +214,7 @@ class _EncoderLevel:
     def back(self, grad: Tensor, saved: Sequence[Tensor], to_input: bool) -> tuple[Tensor, ...]:
         """Gradients of x (nothing unless asked for), weight, bias and scale from that of the features."""
         x, y, taller, pooled, inverse = saved
-        before = self.norm.before(pooled)[0]
-        grad, by_scale = self.norm.back(_silu_back(grad.reshape(before.shape), before), pooled, inverse)
+        grad, by_scale = self.norm.silu_back(grad, pooled, inverse)
         by_x, *by_conv = self.conv.back(self._pairs(_pool_back(grad, y, taller)), self._pairs(x), to_input)
         return by_x.view(x.shape) if to_input else by_x, *by_conv, by_scale
 
@@ -250,9 +246,8 @@ class _DecoderLevel:
         assert self.norm is not None
         x, y, inverse = saved
         images, height, width, _ = x.shape
-        before = self.norm.before(y)[0]
-        grad = grad.view(images, height, 2, width, -1).transpose(2, 3).reshape(before.shape)
-        grad, by_scale = self.norm.back(_silu_back(grad, before), y, inverse)
+        grad = grad.view(images, height, 2, width, -1).transpose(2, 3)
+        grad, by_scale = self.norm.silu_back(grad, y, inverse)
         return *self.conv.back(grad, x, True), by_scale
 
 
