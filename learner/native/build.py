@@ -14,11 +14,12 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -29,7 +30,7 @@ FLAGS = (
 )
 CPU_LINES = ("vendor_id", "cpu family", "model\t", "stepping", "flags", "Features", "CPU part")
 COMPILE_SECONDS = 60.0
-WAIT_SECONDS = 75.0  # a role has 120 s to start
+WAIT_SECONDS = 75.0  # for others and for the compiler together: a role has 120 s to start
 POLL_SECONDS = 0.1
 
 
@@ -38,6 +39,7 @@ def load_library() -> ctypes.CDLL:
 
     Raises: OSError, ValueError, subprocess.SubprocessError when it cannot be had here.
     """
+    deadline = time.monotonic() + WAIT_SECONDS
     directory = cache_directory()
     compiler = find_compiler()
     stem = f"regions-{_digest(*_source_bytes(), ' '.join((*FLAGS, processor())).encode())}"
@@ -47,20 +49,21 @@ def load_library() -> ctypes.CDLL:
         return library
     if compiler is None:
         raise FileNotFoundError("no C++ compiler; install g++ or name one in CXX")
-    with _locked(directory / f"{stem}.lock"):
-        return _newest(directory, exact) or _build(directory, exact, compiler)
+    with _locked(directory / f"{stem}.lock", deadline):
+        return _newest(directory, exact) or _build(directory, exact, compiler, deadline)
 
 
 def cache_directory() -> Path:
     """Raises: OSError when there is no directory that belongs to this user alone."""
     base = os.environ.get("XDG_CACHE_HOME")
     home = Path(base) if base else Path(os.path.expanduser("~")) / ".cache"  # noqa: PTH111, never raises
-    places = [home / "dreamfleet", Path(tempfile.gettempdir()) / f"dreamfleet-{os.getuid()}"]
+    own, shared = home / "dreamfleet", Path(tempfile.gettempdir()) / f"dreamfleet-{os.getuid()}"
     causes = []
-    for directory in places if home.is_absolute() else places[1:]:
+    for directory in [own, shared] if home.is_absolute() else [shared]:
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            about = directory.stat()
+            # In a directory of everybody's a link is its maker's, who can turn it elsewhere after this look.
+            about = directory.stat(follow_symlinks=directory is own)
             if about.st_uid != os.getuid() or about.st_mode & 0o022:
                 raise OSError(f"{directory} can be written by others; code from there is not run")
             if not os.access(directory, os.W_OK | os.X_OK):
@@ -82,10 +85,32 @@ def find_compiler() -> tuple[str, ...] | None:
 
 def version(compiler: tuple[str, ...]) -> str:
     """What the compiler says about itself. Raises: OSError, subprocess.SubprocessError."""
-    out = subprocess.run(
-        [*compiler, "--version"], check=True, capture_output=True, timeout=COMPILE_SECONDS, text=True
-    )
-    return " ".join(compiler) + out.stdout
+    return " ".join(compiler) + _output([*compiler, "--version"], COMPILE_SECONDS)
+
+
+def _output(command: list[str], seconds: float) -> str:
+    """What a command prints. Raises: OSError, subprocess.SubprocessError.
+
+    A compiler is a family of processes: when it takes too long all of them end, not the first alone.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            out, complaints = process.communicate(timeout=seconds)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, out, complaints)
+    return out
 
 
 def processor() -> str:
@@ -121,9 +146,8 @@ def _newest(directory: Path, stem: str) -> ctypes.CDLL | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, deadline: float) -> Iterator[None]:
     """One builder at a time; a holder that dies lets go. Raises: TimeoutError (an OSError)."""
-    deadline = time.monotonic() + WAIT_SECONDS
     with path.open("a") as handle:
         while True:
             try:
@@ -136,19 +160,15 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(directory: Path, stem: str, compiler: tuple[str, ...]) -> ctypes.CDLL:
+def _build(directory: Path, stem: str, compiler: tuple[str, ...], deadline: float) -> ctypes.CDLL:
     """Compile and load; only what can be loaded stays. Raises: OSError, subprocess.SubprocessError."""
     handle, name = tempfile.mkstemp(dir=directory, suffix=".draft")
     os.close(handle)
     draft = Path(name)
     sources = sorted(str(p) for p in SOURCES.glob("*.cpp"))
     try:
-        subprocess.run(
-            [*compiler, *FLAGS, "-o", name, *sources],
-            check=True,
-            capture_output=True,
-            timeout=COMPILE_SECONDS,
-        )
+        seconds = min(COMPILE_SECONDS, deadline - time.monotonic())
+        _output([*compiler, *FLAGS, "-o", name, *sources], seconds)
         loaded = ctypes.CDLL(name)  # raises when the compiler left no library
         draft.replace(directory / f"{stem}-{_digest(draft.read_bytes())}.so")
     finally:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,6 +90,21 @@ def test_a_directory_that_others_can_write_is_not_trusted(
     assert build.cache_directory() == cache.parent / "elsewhere" / f"dreamfleet-{os.getuid()}"
 
 
+def test_a_link_of_another_user_in_the_temporary_directory_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir(mode=0o700)
+    (tmp_path / f"dreamfleet-{os.getuid()}").symlink_to(target)
+    monkeypatch.setenv("XDG_CACHE_HOME", "not absolute")
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    with pytest.raises(OSError, match="by others"):
+        build.cache_directory()
+    (tmp_path / "dreamfleet").symlink_to(target)  # where nobody else can write, links are fine
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_directory() == tmp_path / "dreamfleet"
+
+
 def test_without_any_directory_there_is_no_library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache.parent / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "file"))
@@ -120,12 +136,45 @@ def test_who_waits_for_a_builder_has_a_deadline(cache: Path, monkeypatch: pytest
     (lock,) = cache.glob("*.lock")
     for path in libraries(cache):
         path.unlink()
-    monkeypatch.setattr(build, "WAIT_SECONDS", 0.0)
-    with lock.open() as holder:
+    with lock.open() as holder, monkeypatch.context() as impatient:
+        impatient.setattr(build, "WAIT_SECONDS", 0.0)
         fcntl.flock(holder, fcntl.LOCK_EX)
         with pytest.raises(TimeoutError, match="another process"):
             build.load_library()
     assert build.load_library().answer() == 42  # a holder that ends lets go
+
+
+@pytest.fixture
+def endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A compiler whose child does not end by itself; the child holds the other end of this pipe."""
+    pipe, script = tmp_path / "pipe", tmp_path / "endless"
+    os.mkfifo(pipe)
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\nsleep 60 > {pipe} &\nwait\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    yield end
+    os.close(end)
+
+
+def test_a_compiler_that_does_not_end_is_ended_with_its_children(
+    cache: Path, endless: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "COMPILE_SECONDS", 1.5)
+    with pytest.raises(subprocess.TimeoutExpired):
+        build.load_library()
+    assert select.select([endless], [], [], 20)[0], "the child lives"
+    assert os.read(endless, 1) == b""
+    assert [p.suffix for p in cache.iterdir()] == [".lock"]
+
+
+def test_waiting_for_others_and_compiling_share_one_deadline(
+    cache: Path, endless: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "WAIT_SECONDS", 0.5)
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        build.load_library()
+    assert caught.value.timeout <= 0.5
 
 
 def test_processes_that_start_together_build_one_library(cache: Path) -> None:
