@@ -280,6 +280,7 @@ def health_watch(
             trained=limiter.trained,
             asked=limiter.train_ratio,
             band_rows=limiter.band_rows,
+            owed=limiter.error,
         )
 
     family = make_config(config.learner.family, config.learner.settings)

@@ -19,6 +19,7 @@ class RatioBooks:
     trained: int
     asked: float  # trained rows per inserted row
     band_rows: int  # inserted rows that either side may be ahead by rule
+    owed: float = 0.0  # trained rows that are due; negative: trained ahead
 
 
 class RatioWindow:
@@ -47,8 +48,17 @@ class RatioWindow:
             return None
         inserted, trained = books.inserted - seen[0].inserted, books.trained - seen[0].trained
         detail = f"{trained} rows trained for {inserted} inserted, {books.asked:g} asked for each"
-        error = abs(books.asked * inserted - trained) / (books.asked * span)
+        error = abs(_unpaid(books.asked * inserted - trained, seen[0].owed)) / (books.asked * span)
         return above(error, self._limit, self._margin, detail)
+
+
+def _unpaid(missing: float, owed: float) -> float:
+    """What no debt explains of `missing` trained rows; negative: too many.
+
+    A learner that resumes from an older checkpoint owes the updates since, and makes up for them.
+    """
+    low, high = sorted((0.0, -owed))
+    return missing - min(max(missing, low), high)
 
 
 def _span(old: RatioBooks, new: RatioBooks) -> float:

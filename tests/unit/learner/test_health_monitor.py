@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -189,6 +190,29 @@ def test_ratio_of_a_real_limiter_is_held_whatever_the_order() -> None:
     assert len(readings) > 500
     assert max(reading.value for reading in readings) < 0.1
     assert not any(reading.broken for reading in readings)
+
+
+def test_learner_that_makes_up_for_lost_updates_does_not_drift() -> None:
+    """It resumed from an older checkpoint: rows are counted by the shards, its updates are gone."""
+    limiter, made = RateLimiter(4.0, 100, 50, 10), HealthMonitor(QUICK, FACTS)
+    limiter.observe(10_000, 5000, 5000)
+    limiter.record(64 * 100)  # of 39,600 that are due
+    events = []
+    for step in range(4000):
+        if limiter.can_train(64):
+            limiter.record(64)
+        elif limiter.insert_budget() > limiter.inserted:
+            limiter.observe(min(limiter.inserted + 9, limiter.insert_budget()), 1000, 1000)
+        counted = books(limiter.inserted, limiter.trained, band=limiter.band_rows)
+        events += made.after_rows(step, replace(counted, owed=limiter.error))
+    assert limiter.error < 400
+    assert events == []
+    assert made.values["ratio_drift"] < 0.1
+    for step in range(400):  # nothing is due any more, and it trains on
+        limiter.record(64)
+        counted = books(limiter.inserted, limiter.trained, band=limiter.band_rows)
+        events += made.after_rows(step, replace(counted, owed=limiter.error))
+    assert [event.raised.alarm for event in events] == ["ratio_drift"]
 
 
 @pytest.mark.parametrize(("per_row", "error"), [(3.0, 0.25), (6.0, 1.0 / 3.0), (0.0, 1.0)])
