@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.fleet import Fleet, RoleStatus
-from deploy.rank_group import Mourning, culprit, end_of, meeting_place, rank_keys
+from deploy.rank_group import Mourning, awaited, culprit, end_of, meeting_place, rank_keys
 from deploy.roles import RoleSpec
 from deploy.run_config import RunConfig
 from deploy.run_dir import RunDirectory
@@ -287,7 +287,9 @@ class Driver:
         progress.who_waits = str(learner.get("governor", {}).get("line", ""))
         progress.policy_version = int(learner.get("published", 0))
         progress.learner = learner.get("metrics", {})
-        progress.waiting = str(learner.get("waiting", ""))
+        learning, rank_zero = self.config.learner, statuses.get("learner-0")
+        nobody = awaited(learning.launch, learning.ranks, rank_zero, self.run_dir.path)
+        progress.waiting = nobody or str(learner.get("waiting", ""))
         progress.actors = sum(s.state == "running" for s in actors.values())
         progress.restarts = self._restart_total
         lags = [float(s.payload["policy_lag"]) for s in actors.values() if "policy_lag" in s.payload]

@@ -136,6 +136,8 @@ class LocalFleet:
             state = "failed"
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             error = f"ended by {how}\n{self._log_tail(key)}"
+            if isinstance(child, OfferedRole):
+                error = "its process is gone; the output of torchrun tells more"
         return RoleStatus(
             state=state,
             age=max(0.0, time.time() - spoke),

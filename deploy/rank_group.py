@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from deploy.fleet import RoleStatus
@@ -44,6 +45,13 @@ def meeting_place(ranks: int) -> dict[str, Any]:
         "secret": secrets.token_hex(16),
         "driver": os.getpid(),
     }
+
+
+def awaited(launch: str, ranks: int, rank_zero: RoleStatus | None, run_dir: Path) -> str:
+    """The command that somebody has to start before the ranks are there; empty when they are."""
+    if launch != "torchrun" or rank_zero is None or rank_zero.pid:
+        return ""
+    return f"torchrun --nproc-per-node {ranks} --max-restarts 20 -m deploy.torchrun {run_dir}"
 
 
 def end_of(status: RoleStatus, silent_seconds: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +85,13 @@ class LearnerConfig(StrictConfig):
     """Checkpoints kept on disk."""
     health: HealthSettings = HealthSettings.model_construct()
     """When the health monitor raises alarms."""
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_one(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError("must be auto, cpu, cuda or cuda:<index>")
+        return device
 
 
 class EvaluationConfig(StrictConfig):

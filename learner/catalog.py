@@ -37,6 +37,11 @@ def make_config(family: str, settings: Mapping[str, Any]) -> DreamerConfig:
         return kind.model_validate(dict(settings))
     except ValidationError as error:
         raise ConfigError(_explain(family, kind, error)) from error
+    except TypeError as error:  # a list or mapping where the name of a size belongs
+        raise ConfigError(
+            f"{family} settings {dict(settings)!r:.300}: a value has the wrong type ({error}); see the "
+            "fields of its config"
+        ) from error
 
 
 def _explain(family: str, kind: type[BaseModel], error: ValidationError) -> str:

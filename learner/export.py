@@ -240,10 +240,7 @@ def _config_for(spec: PolicySpec, weights: Weights, file: Path) -> Any:
     """
     from learner.nn.optim import check_arrays
 
-    try:
-        config = make_config(spec.family, spec.settings)
-    except TypeError as error:  # a list where a name belongs
-        raise _damaged(file, str(error)) from error
+    config = make_config(spec.family, spec.settings)
     layers = max((value for name, value in config if name.endswith("_layers")), default=0)
     if layers > max(MANY_LAYERS, len(weights.arrays)):
         raise _damaged(file, f"it asks for {layers} layers, {WEIGHTS} has {len(weights.arrays)} arrays")

@@ -8,7 +8,7 @@ import pytest
 
 from deploy.driver import Driver
 from deploy.fleet import RoleStatus
-from deploy.rank_group import LONGEST_SECONDS, Mourning, culprit, meeting_place
+from deploy.rank_group import LONGEST_SECONDS, Mourning, awaited, culprit, meeting_place
 from deploy.roles import RoleSpec
 from deploy.run_config import compose
 from deploy.run_dir import RunDirectory
@@ -170,6 +170,14 @@ def test_mourning_ends_however_well_rank_zero_seems():
     assert not mourning.goes_on(RUNNING, now=131.0)
     assert mourning.goes_on(RUNNING, now=140.0)  # the next loss
     assert not mourning.goes_on(RoleStatus(state="starting", age=0.0), now=141.0)  # it has nothing to save
+
+
+def test_run_whose_ranks_nobody_started_says_the_command_for_it(tmp_path: Path):
+    waiting = RoleStatus(state="starting", age=0.0)
+    command = f"torchrun --nproc-per-node 2 --max-restarts 20 -m deploy.torchrun {tmp_path}"
+    assert awaited("torchrun", 2, waiting, tmp_path) == command
+    assert awaited("torchrun", 2, RoleStatus(state="starting", age=0.0, pid=7), tmp_path) == ""
+    assert awaited("backend", 2, waiting, tmp_path) == ""
 
 
 def test_single_rank_meets_nobody():

@@ -38,6 +38,7 @@ def test_run_names_cannot_leave_their_root(name: str) -> None:
         ("replay.train_ratio=0", "greater than 0"),
         ("learner.batch=0", "greater than or equal to 1"),
         ("backend=slurm", "ray"),
+        ("learner.device=tpu", "learner.device = 'tpu' .* must be auto, cpu, cuda or cuda:<index>"),
     ],
 )
 def test_runs_that_could_never_train_are_refused(assignment: str, says: str) -> None:

@@ -73,6 +73,7 @@ def test_config_cannot_be_changed():
     [
         ({"learning_rat": 1}, "learning_rat"),
         ({"horizn": 3}, "did you mean 'horizon'"),
+        ({"size": ["nano"]}, "a value has the wrong type"),
         ({"scales": {"rewrd": 1.0}}, "dreamer.scales.rewrd is not a setting; did you mean 'reward'"),
         ({"lr": -1}, "dreamer.lr (-1): Input should be greater than 0"),
         ({"deter": 100}, "deter (100) must be a multiple of blocks (8)"),
