@@ -13,7 +13,7 @@ import torch
 
 from learner.native.library import absence, available
 from learner.nn.actor_critic import actor_critic
-from learner.nn.bptt import posterior_rollout
+from learner.nn.bptt_rows import posterior_rollout
 from learner.nn.imagine_rows import imagine
 from system.errors import PreflightError
 

@@ -205,24 +205,24 @@ class _Rollout(torch.autograd.Function):
         deter = torch.cat([deter.unsqueeze(0), saved.deter[:-1]]) * keep  # [T, B, D]
         stoch = torch.cat([stoch.unsqueeze(0), saved.stoch[:-1].flatten(2)]) * keep  # [T, B, Z]
         rows = _backward_loop(deter, keep, saved, core, posterior, ctx.unimix, grads, ctx.choose)
-        by_weights = _weight_grads(rows, deter, stoch, saved, core)
+        by_weights = weight_grads(rows, deter, stoch, saved.deter, core.own.shape[0])
         return None, None, None, None, rows.hidden, rows.read, None, None, *by_weights
 
 
-class _Rows(NamedTuple):
-    """Gradients of every step's pre-activations, and the forward values their weight gradients pair with."""
+class RowGrads(NamedTuple):
+    """Gradients of pre-activations and of the norms' scales, and what weight gradients pair them with."""
 
     logits: Tensor  # [T, B, Z]
     read: Tensor  # [T, B, U]
     gates: Tensor  # [T, G, B, 3d]
     hidden: Tensor  # [T, B, D]
     embedded: Tensor  # [T, B, 2, U]
-    read_x: Tensor  # [T, B, U], gradient of the posterior's hidden layer after its norm
-    hidden_x: Tensor  # [T, B, D]
-    embedded_x: Tensor  # [T, B, 2, U]
-    read_norm: NormGrad
-    hidden_norm: NormGrad
-    embedded_norm: NormGrad
+    read_active: Tensor  # [T, B, U], output of norm and SiLU
+    hidden_active: Tensor  # [T, B, D]
+    embedded_active: Tensor  # [T, B, 2, U]
+    read_scale: Tensor  # [U]
+    hidden_scale: Tensor  # [D]
+    embedded_scale: Tensor  # [2, U]
 
 
 def _gate_grads(deter: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,7 +281,8 @@ def retreat_step(
 ) -> tuple[Tensor, ...]:
     """One step of the backward loop, from the gradients of the state [B, D] and probabilities [B, C, S].
 
-    The first eight tensors are those of `_Rows`, in order; then the same two gradients one step before.
+    The first five tensors are those of `RowGrads`, in order; then the gradients of what the last three's
+    norms put out, and the same two gradients one step before.
     """
     batch, blocks = grad_deter.shape[0], w.own.shape[0]
     weighted = grad_probs * passed.soft  # [B, C, S]
@@ -313,7 +314,7 @@ def _backward_loop(
     unimix: float,
     grads: tuple[Any, ...],
     choose: ChooseSteps,
-) -> _Rows:
+) -> RowGrads:
     """Carry the state's gradient from the last step to the first; grads are those of the three outputs."""
     by_deter, by_probs, by_stoch = grads
     outer = (by_probs + by_stoch) * (1.0 - unimix)  # the mixing passes this share on
@@ -351,43 +352,47 @@ def _backward_loop(
         for t in reversed(range(deter.shape[0])):
             *rows, grad_deter, grad_probs = step(grad_deter, grad_probs, passed(t), weights, unimix)
             kept.append(tuple(rows))
-    stacked = [torch.stack(parts[::-1]) for parts in zip(*kept, strict=True)]
-    return _Rows._make([*stacked, read, hidden, embedded])
+    *rows, read_x, hidden_x, embedded_x = (torch.stack(x[::-1]) for x in zip(*kept, strict=True))
+    return RowGrads(
+        *rows,
+        read_active=read.active,
+        hidden_active=hidden.active,
+        embedded_active=embedded.active,
+        read_scale=read.scale_grad(read_x, 1),
+        hidden_scale=hidden.scale_grad(hidden_x, 1),
+        embedded_scale=embedded.scale_grad(embedded_x, 2),
+    )
 
 
-def _weight_grads(
-    rows: _Rows, deter: Tensor, stoch: Tensor, saved: Observed, core: CoreWeights
-) -> tuple[Tensor, ...]:
-    """Gradients in the order of CoreWeights and PosteriorWeights, one product over all T*B rows each."""
-    blocks = core.own.shape[0]
+def weight_grads(rows: RowGrads, old: Tensor, stoch: Tensor, new: Tensor, blocks: int) -> tuple[Tensor, ...]:
+    """By core and posterior weights, a product each; steps lead from old, stoch to new [T, B, *]."""
     hidden, embedded, read, logits = (
         x.flatten(0, 1) for x in (rows.hidden, rows.embedded, rows.read, rows.logits)
     )  # [T*B, ...]
-    flat_deter = deter.flatten(0, 1)  # [T*B, D]
+    flat_deter = old.flatten(0, 1)  # [T*B, D]
 
     def split(x: Tensor) -> Tensor:  # [T*B, G*i] -> [G, i, T*B]
         return x.view(x.shape[0], blocks, -1).permute(1, 2, 0)
 
     gates = rows.gates.transpose(0, 1).flatten(1, 2)  # [G, T*B, 3d]
-    inputs = rows.embedded_norm.active.flatten(0, 1).flatten(1)  # [T*B, 2U]
-    active = rows.hidden_norm.active.flatten(0, 1)  # [T*B, D]
+    inputs = rows.embedded_active.flatten(0, 1).flatten(1)  # [T*B, 2U]
     own = torch.bmm(split(flat_deter), hidden.view(hidden.shape[0], blocks, -1).transpose(0, 1))
     core_grads = CoreWeights(
         deter_in=embedded[:, 0].t() @ flat_deter,
         deter_bias=embedded[:, 0].sum(0),
         stoch_in=embedded[:, 1].t() @ stoch.flatten(0, 1),
         stoch_bias=embedded[:, 1].sum(0),
-        in_scale=rows.embedded_norm.scale_grad(rows.embedded_x, 2),
+        in_scale=rows.embedded_scale,
         own=own,
         shared=inputs.t() @ hidden,
-        scale=rows.hidden_norm.scale_grad(rows.hidden_x, 1),
-        gates=torch.bmm(split(active), gates),
+        scale=rows.hidden_scale,
+        gates=torch.bmm(split(rows.hidden_active.flatten(0, 1)), gates),
         gates_bias=gates.sum(1, keepdim=True),
     )
     posterior_grads = PosteriorWeights(
-        deter_in=read.t() @ saved.deter.flatten(0, 1),
-        scale=rows.read_norm.scale_grad(rows.read_x, 1),
-        logits=logits.t() @ rows.read_norm.active.flatten(0, 1),
+        deter_in=read.t() @ new.flatten(0, 1),
+        scale=rows.read_scale,
+        logits=logits.t() @ rows.read_active.flatten(0, 1),
         logits_bias=logits.sum(0),
     )
     return (*core_grads, *posterior_grads)

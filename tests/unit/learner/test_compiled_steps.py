@@ -179,7 +179,7 @@ class Renamed:
 def test_recordings_are_made_again_when_a_step_was_taken_up():
     env = vector_env()
     recorder, steps = TapeRecorder(), Renamed()
-    direct = build(env, backend="torch")
+    direct = build(env, steps=Renamed(), backend="torch")
     compiled = build(env, recorder, steps=steps, backend="torch")
     for batch in batches(env, 5):
         assert direct.learn(batch, {})[1] == compiled.learn(batch, {})[1]
