@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.replay_config import ReplayConfig
+from learner.families.dreamer.config import DreamerConfig, LossScales
 from learner.health.alarms import ALARMS, BY_NAME
 from learner.health.readings import RULES
 from system.metrics import CATALOGUE
@@ -86,3 +88,29 @@ def test_every_rule_of_the_monitor_has_words(generator: Any) -> None:
     for alarm in ALARMS:
         assert min(len(alarm.watches), len(alarm.cause), len(alarm.remedy)) > 30, alarm.name
         assert not alarm.remedy.endswith("."), "sentences are made where they are shown"
+
+
+def named_settings(text: str) -> set[str]:
+    """Settings of the learner and the replay that a text tells somebody to turn."""
+    dotted = set(re.findall(r"\b(?:learner|replay)(?:\.[a-z_]+)+\b", text))
+    return dotted | {f"learner.settings.{part}" for part in re.findall(r"(?<![.\w])scales\.[a-z_]+", text)}
+
+
+def test_settings_that_remedies_name_exist() -> None:
+    fields = {f"learner.settings.{name}" for name in DreamerConfig.model_fields}
+    fields |= {f"learner.settings.scales.{name}" for name in LossScales.model_fields} | {"learner.settings"}
+    fields |= {f"replay.{name}" for name in ReplayConfig.model_fields}
+    told = {alarm.name: named_settings(alarm.remedy) for alarm in ALARMS}
+    assert sum(map(len, told.values())) > 15
+    assert not {name: strange for name, found in told.items() if (strange := found - fields)}
+
+
+def test_scrape_settings_in_the_docs_are_such_as_prometheus_takes(root: Path) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (root / "docs" / "operations.md").read_text(), re.M | re.S)
+    (jobs,) = [
+        found["scrape_configs"] for block in blocks if "scrape_configs" in (found := yaml.safe_load(block))
+    ]
+    files = [file for job in jobs for part in job["file_sd_configs"] for file in part["files"]]
+    assert files
+    for file in files:  # its own rule: an asterisk in the last part only
+        assert re.fullmatch(r"[^*]*(\*[^/]*)?\.(json|yml|yaml)", file), file
