@@ -23,8 +23,10 @@ META = torch.device("meta")
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """What other threads compute is not on the tape."""
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What other threads compute is not on the tape; convolutions run as on devices that record."""
+    for module in ("encoder", "decoder"):
+        monkeypatch.setattr(f"learner.nn.{module}.trainable", lambda x: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -161,7 +163,7 @@ def test_replayed_updates_equal_direct_ones_bit_for_bit(env):
         for name, latents in one[2].columns.items():
             np.testing.assert_array_equal(latents, other[2].columns[name])
         np.testing.assert_array_equal(one[2].priority, other[2].priority)
-    assert (recorder.warmed, recorder.recorded) == (1, 1)
+    assert (recorder.warmed, recorder.recorded, replaying._step.replays) == (1, 1, True)
     assert_same_state(direct, replaying)
 
 
