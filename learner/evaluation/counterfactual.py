@@ -72,9 +72,14 @@ def repeated(tree: Tree, times: int) -> Tree:
     return map_leaves(lambda leaf: leaf.repeat_interleave(times, 0), tree)
 
 
-def alive(out: Tree) -> Tensor:
-    """[N, H] bool: rows reached before the episode ends; the row that ends it is one."""
-    going = (out["cont"] > 0.5).long()
+def alive(rollout: Rollout) -> Tensor:
+    """[N, H] bool: rows reached before the episode ends; the row that ends it is one.
+
+    A model that knows nothing of ends believes in none.
+    """
+    if "cont" not in rollout.out:
+        return torch.ones(rollout.action.shape[:2], dtype=torch.bool, device=rollout.action.device)
+    going = (rollout.out["cont"] > 0.5).long()
     return torch.cat([torch.ones_like(going[:, :1]), going[:, :-1].cumprod(1)], 1).bool()
 
 
@@ -136,7 +141,7 @@ def counterfactual(
     truth = _as_seen(model, state, reference, real, noises[0])
     rolled = [model.imagine(state, horizon, actions, noise) for noise in noises]
     said, again = (read_values(model, rollout.state, rollout.out) for rollout in rolled)
-    inside = alive(real.out).unflatten(0, (size, futures)).all(1).double()  # [B, H]
+    inside = alive(real).unflatten(0, (size, futures)).all(1).double()  # [B, H]
     counts = inside.sum(1) >= min(FEWEST_STEPS, horizon)  # [B]
 
     def apart(one: Values, other: Values) -> Tensor:
@@ -188,7 +193,7 @@ def plan_gap(
     said = read_values(model, rollout.state, rollout.out)
     start = {key: value.unsqueeze(1) for key, value in _start_values(model, reference, scene).items()}
     last = {key: start[key].expand_as(truth[key]) for key in scene.keys}
-    inside = alive(real.out).double()
+    inside = alive(real).double()
 
     def error(values: Values) -> NDArray[np.float64]:
         part = scene.ruler.distance(truth, values, scene.keys)  # [B, H]
@@ -212,7 +217,7 @@ def _start_values(model: WorldModel, reference: WorldModel, scene: _Scene) -> Va
 
 
 def _return(rollout: Rollout) -> float:
-    return float((rollout.out["reward"] * alive(rollout.out)).sum(1).double().mean())
+    return float((rollout.out["reward"] * alive(rollout)).sum(1).double().mean())
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class WorldModelReport:
     checks: tuple[Check, ...]
     latency: Mapping[str, float]  # milliseconds at batch 1
     counterfactual: Counterfactual | None = None  # with a reference only
-    plan: PlanGap | None = None  # with a reference and a policy only
+    plan: PlanGap | None = None  # with a reference and a policy only, of models that predict rewards
     scores: tuple[str, ...] = field(default=())  # names of the checks that a trained model passes
 
     @property
@@ -140,7 +140,7 @@ def evaluate_model(
     told = plan = None
     if reference is not None:
         told = counterfactual(model, reference, rows, generator, futures=futures, horizon=branch)
-        if policy is not None:
+        if policy is not None and "reward" in model.caps & reference.caps:
             plan = plan_gap(model, reference, rows, policy, generator, horizon=branch)
     main = "obs" if "obs" in curves else "feat"
     scores = _scores(curves[main], main, shuffle, told, bars)

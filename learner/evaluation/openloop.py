@@ -33,7 +33,7 @@ class OpenLoop:
 def open_loop(agent: Predictor, sequence: Sequence, *, context: int, seed: int) -> OpenLoop:
     """Predict rows context.. of every sequence. Rows behind an episode border count in no error.
 
-    Keys of the errors: every observation key, and "reward".
+    Keys of the errors: every observation key of a model that decodes, and "reward" of one that predicts it.
     Raises: ConfigError when `context` leaves nothing to see or nothing to predict.
     """
     rows = rows_of(agent, sequence, context)
@@ -41,22 +41,22 @@ def open_loop(agent: Predictor, sequence: Sequence, *, context: int, seed: int) 
     generator = torch.Generator(batch["is_first"].device).manual_seed(seed)
     carry, states = observe(model, rows, model.noise(size, context, generator), stop=context)
     rollout = model.imagine(carry, horizon, rows.actions, model.noise(size, horizon, generator))
-    decode = frozenset({"obs"})
-    filtered, predicted = model.read(states, decode)["obs"], model.read(rollout.state, decode)["obs"]
+    decode = frozenset({"obs"} if "decode" in model.caps else ())
+    filtered, predicted = (model.read(said, decode).get("obs", {}) for said in (states, rollout.state))
     inside = rows.inside.long()  # [B, H]
     images, error, copied = {}, {}, {}
-    for key, truth in batch["obs"].items():
-        discrete = model.obs_space[key].kind == "discrete"
+    for key, said in predicted.items():
+        truth, discrete = batch["obs"][key], model.obs_space[key].kind == "discrete"
         if model.obs_space[key].kind == "image":
-            images[key] = _film(truth, torch.cat([filtered[key], predicted[key]], 1))
+            images[key] = _film(truth, torch.cat([filtered[key], said], 1))
         last = truth[:, context - 1 : context].expand(-1, horizon, *truth.shape[2:])
-        error[key] = _error(truth[:, context:], predicted[key], inside, discrete=discrete)
+        error[key] = _error(truth[:, context:], said, inside, discrete=discrete)
         copied[key] = _error(truth[:, context:], last, inside, discrete=discrete)
-    reward = batch["reward"]
-    error["reward"] = _error(reward[:, context:], rollout.out["reward"], inside, discrete=False)
-    copied["reward"] = _error(
-        reward[:, context:], reward[:, context - 1 : context].expand(-1, horizon), inside, discrete=False
-    )
+    if "reward" in model.caps:
+        reward = batch["reward"]
+        last = reward[:, context - 1 : context].expand(-1, horizon)
+        error["reward"] = _error(reward[:, context:], rollout.out["reward"], inside, discrete=False)
+        copied["reward"] = _error(reward[:, context:], last, inside, discrete=False)
     valid = inside.sum(0).cpu().numpy()
     return OpenLoop(context=context, images=images, error=error, copy_error=copied, valid=valid)
 

@@ -15,6 +15,8 @@ B, T = 2, 6
 class CounterModel:
     """The truth: obs = start + number of actions so far; predicts it exactly, or late by `lag`."""
 
+    caps = frozenset({"decode", "reward"})
+
     def __init__(self, lag=0.0):
         self.obs_space = {
             "count": Space(kind="box", shape=(1,)),
