@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from learner.backends import TORCH
 from learner.capture import GraphedStep, make_recorder
 from learner.catalog import make_config, overlay_columns
 from learner.families.dreamer.agent import DreamerAgent
 from learner.families.dreamer.behavior import ActorCritic
 from learner.families.dreamer.update import DreamerUpdate
 from learner.families.dreamer.world_model import DreamerWorldModel
+from learner.nn.bptt import posterior_rollout
 from learner.nn.optim import FlatParameters, LaProp
 from system.experience import Sequence
 from system.specs import ActionSpec, ArraySpec, EnvSpec
@@ -24,9 +26,10 @@ META = torch.device("meta")
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What other threads compute is not on the tape; convolutions run as on devices that record."""
+    """What other threads compute is not on the tape. What is for CPUs alone runs as on devices that record."""
     for module in ("encoder", "decoder"):
         monkeypatch.setattr(f"learner.nn.{module}.trainable", lambda x: False)
+    monkeypatch.setattr("learner.backends.TORCH", TORCH._replace(rollout=posterior_rollout))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
