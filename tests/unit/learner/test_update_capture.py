@@ -26,7 +26,7 @@ META = torch.device("meta")
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What other threads compute is not on the tape. What is for CPUs alone runs as on devices that record."""
+    """What other threads compute is not on the tape; what is for CPUs alone runs as where graphs are."""
     for module in ("encoder", "decoder"):
         monkeypatch.setattr(f"learner.nn.{module}.trainable", lambda x: False)
     monkeypatch.setattr("learner.backends.TORCH", TORCH._replace(rollout=posterior_rollout))
