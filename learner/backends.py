@@ -15,6 +15,7 @@ from learner.native.library import absence, available
 from learner.nn.actor_critic import actor_critic
 from learner.nn.bptt_rows import posterior_rollout
 from learner.nn.imagine_rows import imagine
+from learner.nn.vision import encode, reconstruct
 from system.errors import PreflightError
 
 log = logging.getLogger(__name__)
@@ -23,15 +24,17 @@ BackendSetting = Literal["auto", "torch", "native"]
 
 
 class Backend(NamedTuple):
-    """One implementation of the regions; contracts: `learner.nn.bptt`, `imagine` and `actor_critic`."""
+    """One implementation of the regions of `learner.nn`: `bptt`, `imagine`, `actor_critic`, `vision`."""
 
     name: str
     rollout: Callable[..., Any]
     imagine: Callable[..., Any]
     actor_critic: Callable[..., Any]
+    encode: Callable[..., Any]
+    reconstruct: Callable[..., Any]
 
 
-TORCH = Backend("torch", posterior_rollout, imagine, actor_critic)
+TORCH = Backend("torch", posterior_rollout, imagine, actor_critic, encode, reconstruct)
 
 
 def choose_backend(setting: BackendSetting, device: torch.device, dtype: str) -> Backend:
@@ -55,5 +58,6 @@ def _native() -> Backend:
     from learner.native.actor_critic import actor_critic
     from learner.native.imagine import imagine
     from learner.native.rollout import posterior_rollout
+    from learner.native.vision import encode, reconstruct
 
-    return Backend("native", posterior_rollout, imagine, actor_critic)
+    return Backend("native", posterior_rollout, imagine, actor_critic, encode, reconstruct)

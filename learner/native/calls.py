@@ -37,8 +37,8 @@ def fields(numbers: str, *arrays: str) -> list[tuple[str, Any]]:
 
 
 def address(tensor: Tensor) -> int:
-    """Where a contiguous tensor of floats, or of counts, lies in the CPU's memory."""
-    assert tensor.dtype in (torch.float32, torch.int64), tensor.dtype
+    """Where a contiguous tensor of floats, counts or bytes lies in the CPU's memory."""
+    assert tensor.dtype in (torch.float32, torch.int64, torch.uint8), tensor.dtype
     assert tensor.device.type == "cpu", tensor.device
     assert tensor.is_contiguous(), (tensor.shape, tensor.stride())
     return tensor.data_ptr()

@@ -7,7 +7,7 @@ Letters: F feature width, N images, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
@@ -47,6 +47,12 @@ class Decoder(nn.Module):
             [ImageDecoder(g, depths[-g.levels :], kernel, deter, stoch, units, blocks) for g in self.images]
         )
         self.deter = deter
+
+    def compute_by(self, region: Callable[..., Tensor]) -> None:
+        """From now on images of training passes go through `region`, see `learner.backends`."""
+        for cnn in self.cnn:
+            assert isinstance(cnn, ImageDecoder)
+            cnn.reconstruct = region
 
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
         """Raw output per key for feat [..., F].
@@ -136,6 +142,7 @@ class ImageDecoder(nn.Module):
         sizes = [*reversed(depths), sum(group.channels)]
         self.conv = nn.ModuleList([UpConv(a, b, kernel) for a, b in pairwise(sizes)])
         self.norm = nn.ModuleList([NormSilu(b) for b in sizes[1:-1]])
+        self.reconstruct: Callable[..., Tensor] = reconstruct  # how training passes are computed
 
     def forward(self, feat: Tensor) -> Tensor:
         """Pixels [N, H, W, C] in [0, 1] for feat [N, F]."""
@@ -145,7 +152,7 @@ class ImageDecoder(nn.Module):
         """Squared errors [N, keys] summed over pixels, for feat [N, F] and uint8 images [N, H, W, C]."""
         norms = [*(norm.scale for norm in self.norm), None]
         levels = [Level(up.conv.weight, up.conv.bias, s) for up, s in zip(self.conv, norms, strict=True)]  # type: ignore[arg-type, union-attr]
-        return reconstruct(self._maps(feat), image, self.channels, levels)
+        return self.reconstruct(self._maps(feat), image, self.channels, levels)
 
     def _maps(self, feat: Tensor) -> Tensor:
         """Small maps [N, h, w, C] from which the images grow."""

@@ -105,6 +105,12 @@ class Encoder(nn.Module):
         for group in self.images:
             self.outputs += group.grid[0] * group.grid[1] * depths[-1]
 
+    def compute_by(self, region: Callable[..., Tensor]) -> None:
+        """From now on images of training passes go through `region`, see `learner.backends`."""
+        for cnn in self.cnn:
+            assert isinstance(cnn, ImageEncoder)
+            cnn.encode = region
+
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
         """Tokens [..., E] for obs values [..., *shape]; leading axes are free."""
         parts: list[Tensor] = []
@@ -140,11 +146,12 @@ class ImageEncoder(nn.Module):
         sizes = [sum(group.channels), *depths]
         self.conv = nn.ModuleList([Conv(a, b, kernel) for a, b in pairwise(sizes)])
         self.norm = nn.ModuleList([NormSilu(b) for b in depths])
+        self.encode: Callable[..., Tensor] = encode  # how training passes are computed
 
     def forward(self, image: Tensor) -> Tensor:
         """Tokens [N, E] of uint8 images [N, H, W, C]."""
         if trainable(image):
-            return encode(image, self.pad, self._levels()).flatten(1)
+            return self.encode(image, self.pad, self._levels()).flatten(1)
         return in_chunks(self.plain, image)
 
     def _levels(self) -> list[Level]:

@@ -78,6 +78,8 @@ class DreamerAgent:
         if self.steps is not None:
             backend = backend._replace(rollout=partial(backend.rollout, choose=self.steps))
         self.model.rssm.rollout, self.behavior.backend = backend.rollout, backend
+        self.model.encoder.compute_by(backend.encode)
+        self.model.decoder.compute_by(backend.reconstruct)
         self.module = nn.ModuleDict({"model": self.model, "behavior": self.behavior})
         initialise(self.module, torch.Generator().manual_seed(child_seed(seed, "weights")))
         self.behavior.slow.load_state_dict(self.behavior.critic.state_dict())

@@ -1,16 +1,23 @@
-"""Image encoder and decoder as trained on CPUs against plain layers: one batch, channels first, autograd."""
+"""Image encoder and decoder as trained on CPUs against plain layers: one batch, channels first, autograd.
+
+Of both backends: torch with its gradients written out, and the compiled library.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from learner.backends import TORCH, choose_backend
+from learner.native.library import absence, available
+from learner.nn import vision
 from learner.nn.decoder import Decoder
 from learner.nn.encoder import Encoder
 from learner.nn.layers import initialise
-from learner.nn.vision import CHUNK, _pool, _pool_back, encode, trainable
+from learner.nn.vision import _pool, _pool_back, trainable
 from system.specs import ArraySpec
 
 TOLERANCE = 2e-5  # of the largest entry: sums are taken in another order
+CHUNK = 16  # images of a pass in these tests; the library takes 32
 FEAT = {"deter": 16, "stoch": 8}
 
 
@@ -30,14 +37,28 @@ CASES = {
         2,
     ),
     "more channels than lanes": ({"image": image(20, 20, 3)}, (3, 5), 8, 5, 3),
+    "widths of size12m": ({"image": image(24, 24, 3)}, (2, 3, 4, 4), 16, 5, 2),
+    "one level of an even number of parts": ({"image": image(16, 18, 1)}, (3,), 2, 1, 64),
 }
 
 
+@pytest.fixture(params=["torch", "native"])
+def backend(request, monkeypatch):
+    monkeypatch.setattr(vision, "CHUNK", CHUNK)
+    if request.param == "torch":
+        return TORCH
+    if not available():
+        pytest.skip(f"no compiled regions: {absence()}")
+    return choose_backend("native", torch.device("cpu"), "fp32")
+
+
 @pytest.fixture(params=CASES.values(), ids=CASES)
-def nets(request):
+def nets(request, backend):
     obs, mults, depth, kernel, count = request.param
     cnn = {"units": 8, "layers": 1, "depth": depth, "mults": mults, "kernel": kernel}
     encoder, decoder = Encoder(obs, **cnn), Decoder(obs, **cnn, **FEAT, blocks=2)
+    encoder.compute_by(backend.encode)
+    decoder.compute_by(backend.reconstruct)
     generator = torch.Generator().manual_seed(0)
     for net in (encoder, decoder):
         initialise(net, generator)
@@ -135,8 +156,9 @@ def test_leading_axes_are_kept(nets):
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_pooled_ties_of_a_plain_picture_give_the_same_gradients(value):
+def test_pooled_ties_of_a_plain_picture_give_the_same_gradients(value, backend):
     encoder = Encoder({"i": image(32, 32, 3)}, units=8, layers=1, depth=16, mults=(1, 2), kernel=5)
+    encoder.compute_by(backend.encode)
     initialise(encoder, torch.Generator().manual_seed(0))
     obs = {"i": torch.full((4, 32, 32, 3), value, dtype=torch.uint8)}
     grads = [
@@ -155,6 +177,7 @@ def test_equal_pooled_values_pass_their_gradient_to_the_first_of_them():
     assert grad.squeeze(-1).tolist() == [[[3.0, 0.0], [0.0, 0.0]], [[0.0, 5.0], [0.0, 0.0]]]
 
 
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
 def test_mixed_precision_and_acting_take_the_plain_path(nets):
     encoder, decoder, obs, feat = nets
     with torch.no_grad():
@@ -177,13 +200,52 @@ def test_two_passes_over_the_same_images_are_bit_identical(nets):
         assert torch.equal(a, b)
 
 
-def test_pictures_of_several_chunks_give_the_sum_of_their_gradients():
+def test_pictures_of_several_chunks_give_the_sum_of_their_gradients(backend):
     encoder = Encoder({"i": image(16, 16, 1)}, units=8, layers=1, depth=2, mults=(1, 2), kernel=3)
+    encoder.compute_by(backend.encode)
     initialise(encoder, torch.Generator().manual_seed(0))
     pictures = torch.randint(0, 256, (2 * CHUNK + 1, 16, 16, 1), dtype=torch.uint8)
-    cnn = encoder.cnn[0]
     parameters = list(encoder.parameters())
-    whole = torch.autograd.grad(encode(pictures, cnn.pad, cnn._levels()).square().sum(), parameters)
+    whole = torch.autograd.grad(encoder({"i": pictures}).square().sum(), parameters)
     parts = [torch.autograd.grad(encoder({"i": one[None]}).square().sum(), parameters) for one in pictures]
     for a, *b in zip(whole, *parts, strict=True):
         agree(a, torch.stack(b).sum(0))
+
+
+def everything(encoder, decoder, obs, feat):
+    """Results and gradients, on as many threads as torch has now."""
+    tokens, losses = encoder(obs), decoder.reconstruction(feat, obs)
+    total = tokens.square().sum() + sum(loss.sum() for loss in losses.values())
+    parameters = [feat, *encoder.parameters(), *decoder.parameters()]
+    return [tokens, *losses.values(), *torch.autograd.grad(total, parameters)]
+
+
+def test_no_bit_of_the_images_depends_on_the_number_of_threads(backend):
+    obs, cnn = {"i": image(20, 18, 3)}, {"units": 8, "layers": 1, "depth": 4, "mults": (1, 2), "kernel": 5}
+    encoder, decoder = Encoder(obs, **cnn), Decoder(obs, **cnn, **FEAT, blocks=2)
+    encoder.compute_by(backend.encode)
+    decoder.compute_by(backend.reconstruct)
+    generator, count = torch.Generator().manual_seed(0), 2 * CHUNK + 5
+    initialise(encoder, generator)
+    initialise(decoder, generator)
+    pictures = {"i": sample(obs["i"], count, generator)}
+    feat = torch.randn(count, 24, generator=generator, requires_grad=True)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(everything(encoder, decoder, pictures, feat))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_not_a_number_stays_so_in_images(nets):
+    encoder, decoder, obs, feat = nets
+    with torch.no_grad():
+        encoder.cnn[0].conv[0].bias[0] = torch.nan
+        feat[1, 3] = torch.nan
+    assert encoder(obs).isnan().any()
+    for key in decoder.images[0].keys:
+        assert decoder.reconstruction(feat, obs)[key].isnan().nonzero().tolist() == [[1]]
