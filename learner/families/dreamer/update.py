@@ -28,6 +28,7 @@ from system.experience import Sequence
 from system.specs import EnvSpec
 
 FLAGS = ("is_first", "is_last", "is_terminal")
+LEAST_ROWS = 2
 MODEL_NOISE, BEHAVIOR_NOISE = "noise/model/", "noise/behavior/"
 
 
@@ -126,8 +127,12 @@ class DreamerUpdate:
         return batch, start
 
     def losses(self, inputs: dict[str, Tensor], context: int) -> Losses:
-        """Forward part."""
+        """Forward part. Raises: SchemaError when no row is replayed that a later one gives a return."""
         batch, start = self.unpack(inputs, context)
+        if (rows := batch["reward"].shape[1]) < LEAST_ROWS:
+            raise SchemaError(
+                f"sequence has {rows} row to train on, must have at least {LEAST_ROWS}; raise the batch length"
+            )
         noises = (
             {name.removeprefix(of): x for name, x in inputs.items() if name.startswith(of)}
             for of in (MODEL_NOISE, BEHAVIOR_NOISE)

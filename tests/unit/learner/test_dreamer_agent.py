@@ -286,6 +286,8 @@ def test_sequence_without_context_starts_from_the_zero_state():
     assert agent.learn(draw(env, columns, context=0), {})[1]["nonfinite"] == 0.0
     with pytest.raises(SchemaError, match="nothing to train on"):
         agent.learn(draw(env, columns, rows=1), {})
+    with pytest.raises(SchemaError, match="at least 2"):
+        agent.learn(draw(env, columns, rows=2), {})
 
 
 def test_time_limit_is_not_terminal_in_the_continuation_target():
