@@ -131,7 +131,7 @@ class DreamerUpdate:
         batch, start = self.unpack(inputs, context)
         if (rows := batch["reward"].shape[1]) < LEAST_ROWS:
             raise SchemaError(
-                f"sequence has {rows} row to train on, must have at least {LEAST_ROWS}; raise the batch length"
+                f"sequence has {rows} row to train on, must have {LEAST_ROWS} at least; raise batch length"
             )
         noises = (
             {name.removeprefix(of): x for name, x in inputs.items() if name.startswith(of)}

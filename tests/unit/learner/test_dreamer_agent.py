@@ -286,7 +286,7 @@ def test_sequence_without_context_starts_from_the_zero_state():
     assert agent.learn(draw(env, columns, context=0), {})[1]["nonfinite"] == 0.0
     with pytest.raises(SchemaError, match="nothing to train on"):
         agent.learn(draw(env, columns, rows=1), {})
-    with pytest.raises(SchemaError, match="at least 2"):
+    with pytest.raises(SchemaError, match="must have 2"):
         agent.learn(draw(env, columns, rows=2), {})
 
 
