@@ -205,13 +205,16 @@ class DreamerAgent:
         check_arrays(
             {k: tuple(p.shape) for k, p in slow.items()}, state["slow"], "slow critic of the checkpoint"
         )
+        returns = {"returns": np.asarray(state["returns"], np.float32)}
+        check_arrays({"returns": (2,)}, returns, "return range of the checkpoint")
+        random_stream = np.array(state["rng"], np.uint8)
         self.parameters.from_arrays(self.parameters.values, state["parameters"], "weights of the checkpoint")
         self.optimiser.load(optimiser["rms"], optimiser["momentum"], optimiser["updates"])
         with torch.no_grad():
             for name, parameter in slow.items():
                 parameter.copy_(torch.from_numpy(np.asarray(state["slow"][name], np.float32)))
-        self.behavior.returns.pair.copy_(torch.from_numpy(np.asarray(state["returns"], np.float32)))
-        self._restore_generator(np.array(state["rng"], np.uint8))
+        self.behavior.returns.pair.copy_(torch.from_numpy(returns["returns"]))
+        self._restore_generator(random_stream)
         self._pending = None
         if self.late and (pending := state.get("pending")) is not None:
             rows = pending["rows"]

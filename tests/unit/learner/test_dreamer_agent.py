@@ -210,6 +210,10 @@ def test_state_of_another_model_is_refused_and_changes_nothing():
     state["slow"] = other.state()["slow"]
     with pytest.raises(SchemaError, match="slow critic"):
         agent.load(state)
+    trained, columns = build(vector_env(), warmup=0)
+    trained.learn(draw(vector_env(), columns), {})
+    with pytest.raises(SchemaError, match="return range"):
+        agent.load({**trained.state(), "returns": np.zeros(3, np.float32)})
     assert torch.equal(before, agent.parameters.values)
 
 
