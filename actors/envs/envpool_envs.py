@@ -179,9 +179,13 @@ class EnvpoolVectorEnv:
         self._flying[ids] = False
         if before - np.count_nonzero(self._flying) != n:
             raise EnvFault("malformed", f"envpool returned env_id {ids.tolist()} with repeats")
-        if reward.shape != (n,) or not np.isfinite(reward).all():
-            raise EnvFault("non_finite", f"envpool:{self._task} returned reward {reward!r}")
+        if reward.shape != (n,):
+            raise EnvFault("malformed", f"envpool:{self._task} returned rewards of shape {reward.shape}")
         is_first = self._ended[ids]
+        # Nothing was done yet, and tasks of the DeepMind Control suite leave there what memory held before.
+        reward = np.where(is_first, np.float32(0), reward)
+        if not np.isfinite(reward).all():
+            raise EnvFault("non_finite", f"envpool:{self._task} returned reward {reward!r}")
         is_last = terminated | truncated
         self._ended[ids] = is_last
         return Step(
