@@ -12,12 +12,12 @@ views of its arguments. `python -m learner.compiled JOB` is the child.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
 import logging
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from learner.native.build import cache_directory
+from learner.native.build import cache_directory, processor
 
 log = logging.getLogger(__name__)
 
@@ -262,19 +262,13 @@ def _digest(job: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:24]
 
 
+@functools.cache
 def _machine(device: torch.device) -> str:
+    """What its code depends on: inductor uses every instruction of the processor it runs on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = next(
-        (line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-    )
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {model}"
-
-
-def _lines(path: str) -> list[str]:
-    with contextlib.suppress(OSError):
-        return Path(path).read_text().splitlines()
-    return []
+    of = hashlib.sha256(processor().encode()).hexdigest()[:24]
+    return f"{torch.backends.cpu.get_cpu_capability()} {of}"
 
 
 _SOURCES: dict[str, str] = {}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner import compiled
 from learner.compiled import POLL_SECONDS, StepCompiler, describe, make_compiler
 from learner.native.build import find_compiler
 from tests.unit.learner.tape import TapeRecorder
@@ -156,6 +157,15 @@ def test_description_tells_apart_what_a_package_depends_on():
     assert describe(mixing_step, (x.double(), pair, rate)) != base
     assert describe(mixing_step, (x.t().contiguous().t(), pair, rate)) != base
     assert describe(mixing_step, (x, pair, 2 * rate)) != base
+
+
+def test_another_processor_has_other_packages_even_of_the_same_model(monkeypatch: pytest.MonkeyPatch):
+    base = describe(mixing_step, arguments())
+    monkeypatch.setattr(compiled, "processor", lambda: "of that model, with fewer instructions")
+    compiled._machine.cache_clear()
+    other = describe(mixing_step, arguments())
+    compiled._machine.cache_clear()
+    assert other != base
 
 
 # ---- inside an agent ------------------------------------------------------------------------------
