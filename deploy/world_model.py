@@ -105,7 +105,7 @@ def _stretches(config: RunConfig, env_spec: EnvSpec, path: Path, length: int) ->
             return reader.sample(timeout=SAMPLE_SECONDS)
         finally:
             reader.close()
-    except DeadlineError as error:
+    except (DeadlineError, ConfigError) as error:  # not so many rows in a row, or never so many
         raise ConfigError(
             f"{path} has no {length} consecutive rows to predict ({error}); lower --horizon, or keep its "
             "replay/ directory"

@@ -111,7 +111,7 @@ ALARMS: tuple[Alarm, ...] = (
     Alarm(
         name="ratio_drift",
         watches="trained over inserted rows against `learner_train_ratio_target`, over `ratio_rows` "
-        "inserted rows",
+        "inserted rows; rows that were owed before may be made up for",
         cause="learner and actors are not kept in step: limiter and books disagree, or one side went on "
         "alone",
         remedy="compare learner_train_ratio_minute and learner_stall_seconds_total; run `dreamfleet "
