@@ -182,7 +182,8 @@ def gradient_vanishing(look: Look) -> Reading | None:
     names = look.short.names("log grad_norm/")
     if not names:
         return None
-    norms = {name: 10.0**value for name in names if (value := look.short.get(name)) is not None}
+    logs = {name: value for name in names if (value := look.short.get(name)) is not None}
+    norms = {name: 10.0 ** min(value, LARGEST_EXPONENT) for name, value in logs.items()}
     least = min(norms, key=lambda name: norms[name])
     dead = [
         name.removeprefix("log grad_norm/") for name in names if norms[name] < look.settings.gradient_least

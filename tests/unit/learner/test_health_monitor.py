@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from learner.health.alarms import ALARMS
@@ -132,6 +132,7 @@ def test_values_that_are_not_finite_leave_the_averages_alone() -> None:
 
 
 @settings(max_examples=60)
+@example([("grad_norm/actor", 1.7976931348622105e308)])
 @given(st.lists(st.tuples(st.sampled_from(sorted(HEALTHY)), st.floats()), max_size=30))
 def test_any_figures_are_taken_and_can_be_stored(odd: list[tuple[str, float]]) -> None:
     made = HealthMonitor(HealthSettings(quiet_updates=0, window=1, patience=1, long_patience=1), FACTS)
