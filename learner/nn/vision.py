@@ -90,7 +90,7 @@ class _Conv:
     def __init__(self, fold: str, maps: Sequence[Tensor], level: Level, copies: int) -> None:
         """`fold`: einsum of maps and weight to [groups..., O, groups..., C, rows, columns], as "a,b->out"."""
         self._inputs, self._result = fold.split("->")
-        self._maps, self._copies, self._shape = maps, copies, level.weight.shape
+        self._maps = maps
         folded = torch.einsum(fold, *maps, level.weight)
         self._folded = folded.shape
         rows, columns = folded.shape[-2:]
@@ -104,29 +104,20 @@ class _Conv:
         y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=self.padding)
         return y.permute(0, 2, 3, 1).contiguous()
 
-    def back(self, grad: Tensor, x: Tensor, to_input: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of x, which is nothing unless asked for, and of weight and bias as computed."""
-        by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
-            grad.permute(0, 3, 1, 2),
-            x.permute(0, 3, 1, 2),
-            self.weight,
-            [self.bias.shape[0]],
-            [1, 1],
-            self.padding,
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [to_input, True, True],
+    def back(self, grad: Tensor, x: Tensor, to_input: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of x, which is nothing unless asked for, and of the weight as computed."""
+        given = grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), self.weight, None
+        stride, dilation, groups, wanted = [1, 1], [1, 1], 1, [to_input, True, False]
+        by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+            *given, stride, self.padding, dilation, False, [0, 0], groups, wanted
         )
-        return by_x.permute(0, 2, 3, 1).contiguous() if to_input else grad[:0], by_weight, by_bias
+        return by_x.permute(0, 2, 3, 1).contiguous() if to_input else grad[:0], by_weight
 
-    def unfolded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the level's weight and bias from those of what is computed: the fold's transpose."""
+    def unfolded(self, weight: Tensor) -> Tensor:
+        """Gradient of the level's weight from that of what is computed: the fold's transpose."""
         *maps, own = self._inputs.split(",")
         back = f"{','.join([*maps, self._result])}->{own}"
-        unfolded = torch.einsum(back, *self._maps, weight.reshape(self._folded))
-        return unfolded, bias.view(self._copies, -1).sum(0)
+        return torch.einsum(back, *self._maps, weight.reshape(self._folded))
 
 
 class _Norm:
@@ -160,6 +151,12 @@ class _Norm:
         along = torch.mm(product, self._scaled_mean).mul_(inverse**3)
         out = factor.mul_(grad).addcmul_(rows, torch.mm(along, self._flat_spread), value=-1.0)
         return out.view(y.shape), by_scale
+
+
+def _bias_grad(grad: Tensor, outputs: int) -> Tensor:
+    """Sum [O] of grad [N, H, W, r * O] over pixels: faster as a product than in the convolutions."""
+    rows = grad.flatten(0, 1).flatten(1)  # [N * H, W * r * O]
+    return torch.mv(rows.t(), rows.new_ones(rows.shape[0])).view(-1, outputs).sum(0)
 
 
 def _pool(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,8 +212,10 @@ class _EncoderLevel:
         """Gradients of x (nothing unless asked for), weight, bias and scale from that of the features."""
         x, y, taller, pooled, inverse = saved
         grad, by_scale = self.norm.silu_back(grad, pooled, inverse)
-        by_x, *by_conv = self.conv.back(self._pairs(_pool_back(grad, y, taller)), self._pairs(x), to_input)
-        return by_x.view(x.shape) if to_input else by_x, *by_conv, by_scale
+        by_y = self._pairs(_pool_back(grad, y, taller))
+        by_x, by_weight = self.conv.back(by_y, self._pairs(x), to_input)
+        by_bias = _bias_grad(grad, self.outputs)
+        return by_x.view(x.shape) if to_input else by_x, by_weight, by_bias, by_scale
 
 
 class _DecoderLevel:
@@ -248,7 +247,11 @@ class _DecoderLevel:
         images, height, width, _ = x.shape
         grad = grad.view(images, height, 2, width, -1).transpose(2, 3)
         grad, by_scale = self.norm.silu_back(grad, y, inverse)
-        return *self.conv.back(grad, x, True), by_scale
+        return *self.conv_back(grad, x), by_scale
+
+    def conv_back(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, weight and bias from that of the convolution of x."""
+        return *self.conv.back(grad, x, True), _bias_grad(grad, self.outputs)
 
 
 class _Encode(torch.autograd.Function):
@@ -304,7 +307,7 @@ def _unfolded(
     sums = iter([torch.stack(same).sum(0) for same in zip(*parts, strict=True)])
     out: list[Tensor | None] = []
     for level in levels:
-        weight, bias = level.conv.unfolded(next(sums), next(sums))
+        weight, bias = level.conv.unfolded(next(sums)), next(sums)
         out += [weight if out else weight * factor, bias, None if level.norm is None else next(sums)]
     return out
 
@@ -346,7 +349,7 @@ class _Reconstruct(torch.autograd.Function):
 
         def run(part: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, list[Tensor]]:
             *kept, maps, slope = part[1]
-            grad, *found = levels[-1].conv.back(_scaled(slope, part[0], ctx.channels), maps, True)
+            grad, *found = levels[-1].conv_back(_scaled(slope, part[0], ctx.channels), maps)
             for at in reversed(range(len(levels) - 1)):
                 grad, *by_weights = levels[at].back(grad, kept[3 * at : 3 * at + 3])
                 found = by_weights + found
@@ -363,7 +366,7 @@ def _image_error(pixels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     pixels [N, h, w, (a, b, C)] in [0, 1]; target [N, H, W, C], uint8, H <= 2h and W <= 2w.
     """
     sides = 2 * pixels.shape[1], 2 * pixels.shape[2]
-    error = pixels - _placed(target, sides).mul(1.0 / 255.0)
+    error = torch.sub(pixels, _placed(target, sides).float(), alpha=1.0 / 255.0)
     if target.shape[1:3] != sides:
         error.mul_(_placed(torch.ones_like(target[:1]), sides))
     return error, torch.addcmul(pixels, pixels, pixels, value=-1.0).mul_(error)
