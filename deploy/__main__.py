@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 usage or configuration, 3 preflight, 4 training diverged, 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,10 @@ cli.add_command(export)
 
 def main() -> None:
     """Console entry: user errors become one screen on stderr and an exit code."""
+    from deploy.log_lines import log_to_stderr
     from system.errors import DreamfleetError
 
+    log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
     # A user's module:callable lives where the command is run: roles find it there, so must the evaluation.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)

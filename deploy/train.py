@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import sys
 import threading
 from typing import Any
 
 from deploy.health import AlarmHistory
-from deploy.log_lines import log_to_stderr
 from deploy.progress import Display
 from deploy.run_config import RunConfig
 from deploy.session import Session
@@ -62,7 +60,6 @@ def _make_session(config: RunConfig, layers: Layers, resume: str) -> Any:
 
 def train_run(config: RunConfig, layers: Layers, *, resume: str = "auto", as_json: bool = False) -> int:
     """Run to the end and print the result. Returns the exit code: 0, or 75 when stopped on request."""
-    log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
     out = sys.stderr if as_json else sys.stdout
     stop = StopRequest()
     session = _make_session(config, layers, resume)

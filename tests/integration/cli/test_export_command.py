@@ -47,7 +47,7 @@ def test_exported_policy_acts_as_in_its_run(finished: Path, tmp_path: Path, drea
 
 
 def test_any_checkpoint_of_a_run_can_be_exported_and_a_broken_one_is_refused(
-    finished: Path, tmp_path: Path
+    finished: Path, tmp_path: Path, dreamfleet
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -57,7 +57,9 @@ def test_any_checkpoint_of_a_run_can_be_exported_and_a_broken_one_is_refused(
     (newest / "arrays.safetensors").write_bytes(b"damaged")
     with pytest.raises(IntegrityError, match="arrays"):
         export_run(newest, tmp_path / "newest", program=False)
-    assert export_run(run, tmp_path / "sound", program=False).checkpoint != newest.name
+    done = dreamfleet("export", str(run), "--out", "sound", "--weights-only", "--json")
+    assert json.loads(done.out)["checkpoint"] != newest.name
+    assert f"checkpoint skipped path={newest}" in done.err, "whoever gets an older policy is told why"
     assert not (tmp_path / "newest").exists()
 
 
