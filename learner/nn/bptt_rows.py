@@ -19,7 +19,7 @@ from torch import Tensor
 
 from learner.nn import bptt
 from learner.nn.bptt import UPDATE_BIAS, CoreWeights, PosteriorWeights, RowGrads, weight_grads
-from learner.nn.categorical import mix
+from learner.nn.categorical import mix, thresholds
 from learner.nn.lanes import alone
 
 aten = torch.ops.aten
@@ -130,15 +130,6 @@ def _turned(weight: Tensor) -> Tensor:
     return weight.t().contiguous()
 
 
-def _thresholds(uniform: Tensor, classes: int, unimix: float) -> Tensor:
-    """[T, B, C - 1, S]: a sample lies behind class c when these are above the softmax summed up to c.
-
-    They carry the uniform mixing, so that steps need not mix.
-    """
-    share = torch.arange(1, classes, device=uniform.device).unsqueeze(-1) * (unimix / classes)  # [C - 1, 1]
-    return (uniform.unsqueeze(-2) - share) / (1.0 - unimix)
-
-
 def _forward(
     deter: Tensor,
     stoch: Tensor,
@@ -164,7 +155,7 @@ def _forward(
     read_deter, read_out = _turned(posterior.deter_in), _turned(posterior.logits)
     gates_bias = core.gates_bias.clone()
     gates_bias[..., -own.shape[-1] :] += UPDATE_BIAS
-    for step in _Step.cut(kept, drive, projected, keep, _thresholds(uniform, classes, unimix), blocks):
+    for step in _Step.cut(kept, drive, projected, keep, thresholds(uniform, classes, unimix), blocks):
         torch.mul(deter, step.keep, out=step.old_rows)
         torch.mul(stoch, step.keep, out=step.old_stoch)
         torch.addmm(core.deter_bias, step.old_rows, embed_deter, out=step.embedded_deter)
@@ -255,7 +246,9 @@ class _Grads(NamedTuple):
     @classmethod
     def like(cls, kept: _Kept) -> _Grads:
         norms = (x.unit for x in (kept.read, kept.hidden, kept.embedded) for _ in range(2))
-        return cls(*(torch.empty_like(x) for x in (kept.old_stoch, kept.gates, *norms)))
+        logits, *norms = (torch.empty_like(x) for x in (kept.old_stoch, *norms))
+        gates = kept.gates.new_empty(kept.gates.transpose(0, 1).shape).transpose(0, 1)  # as sums read them
+        return cls(logits, gates, *norms)
 
     def rows(self, kept: _Kept) -> RowGrads:
         """All that weight gradients are made of."""

@@ -33,6 +33,15 @@ def sample_index(probs: Tensor, uniform: Tensor) -> Tensor:
     return (probs.cumsum(-2)[..., :-1, :] < uniform.unsqueeze(-2)).sum(-2)
 
 
+def thresholds(uniform: Tensor, classes: int, unimix: float) -> Tensor:
+    """[..., C - 1, S]: a sample by uniform [..., S] is behind class c where P(class <= c) is below the c-th.
+
+    P is that of the softmax before its uniform mixing, which is in the thresholds: steps need not mix.
+    """
+    share = torch.arange(1, classes, device=uniform.device).unsqueeze(-1) * (unimix / classes)  # [C - 1, 1]
+    return (uniform.unsqueeze(-2) - share) / (1.0 - unimix)
+
+
 def one_hot(index: Tensor, classes: int) -> Tensor:
     """Float one-hot [..., C, S] of index [..., S]."""
     shape = (*index.shape[:-1], classes, index.shape[-1])

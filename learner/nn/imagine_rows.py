@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learner.nn.action_distribution import ActionDistribution
+from learner.nn.categorical import thresholds
 from learner.nn.imagine import DynamicsWeights, HeadWeights, Imagined, Starts
 from learner.nn.imagine_plan import FIRST, HEADS, Map, Plan, affine, make_plan, span, width_of
 from learner.nn.lanes import cut, run_lanes
@@ -42,24 +43,30 @@ class Traces(NamedTuple):
 
 
 class _Norm(NamedTuple):
-    """RMS norm and SiLU of l layers side by side."""
+    """RMS norm and SiLU of l layers side by side, in place: the less memory a step touches, the faster."""
 
-    unit: Tensor  # [n, l, U]; before: what is normed
+    unit: Tensor  # [n, l, U]
     flat: Tensor  # [n, l*U], the same
     inverse: Tensor  # [n, l, 1], one over the root mean square
-    active: Tensor  # [n, l*U], output
 
     @classmethod
-    def of(cls, flat: Tensor, active: Tensor, inverse: Tensor) -> _Norm:
-        return cls(flat.unflatten(1, (inverse.shape[1], -1)), flat, inverse, active)
+    def of(cls, flat: Tensor, inverse: Tensor) -> _Norm:
+        return cls(flat.unflatten(1, (inverse.shape[1], -1)), flat, inverse)
 
-    def apply(self, scale: Tensor, eps: Tensor) -> None:
+    def divide(self, eps: Tensor) -> None:
+        """Divide by the root mean square."""
         inverse, unit = self.inverse, self.unit
         torch.linalg.vector_norm(unit, dim=-1, keepdim=True, out=inverse)
         torch.addcmul(eps, inverse, inverse, value=1.0 / unit.shape[-1], out=inverse)
         unit.mul_(inverse.rsqrt_())
-        torch.mul(self.flat, scale, out=self.active)
-        F.silu(self.active, inplace=True)
+
+    def activate(self, scale: Tensor) -> None:
+        """Multiply by the scale [l*U], then SiLU."""
+        F.silu(self.flat.mul_(scale), inplace=True)
+
+    def apply(self, scale: Tensor, eps: Tensor) -> None:
+        self.divide(eps)
+        self.activate(scale)
 
 
 class _Layer(NamedTuple):
@@ -125,28 +132,26 @@ class _Chunk:
         count, (blocks, size) = rows.stop - rows.start, plan.own.shape[:2]
         self.classes, self.variables = starts.stoch.shape[1:]
         new = starts.deter.new_empty
-        self.first, self.active, self.inverse = (
-            new(count, width) for width in (plan.scale.shape[0], plan.scale.shape[0], len(FIRST))
-        )
+        self.first, self.inverse = new(count, plan.scale.shape[0]), new(count, len(FIRST))
         self.later = [
-            (new(count, scale.shape[0]), new(count, scale.shape[0]), new(count, len(maps)))
+            (new(count, scale.shape[0]), new(count, len(maps)))
             for maps, scale in zip(plan.deeper, plan.deeper_scales, strict=True)
         ]
         (self.prior_norm,), (self.action_norm,) = (
             [norm for _, norm in self._norms(plan, (name,))] for name in ("prior", "action")
         )
         self.prior = [
-            _Norm.of(new(count, width), new(count, width), new(count, 1, 1))
+            _Norm.of(new(count, width), new(count, 1, 1))
             for width in (scale.shape[0] for _, scale in plan.prior)
         ]
-        self.inputs = self.active[:, span(plan.columns, ("deter", "stoch", "action"))]  # [n, 3U]
-        self.hidden = _Norm.of(new(count, blocks * size), new(count, blocks * size), new(count, 1, 1))
+        self.inputs = self.first[:, span(plan.columns, ("deter", "stoch", "action"))]  # [n, 3U]
+        self.hidden = _Norm.of(new(count, blocks * size), new(count, 1, 1))
         self.hidden_blocks = self.hidden.flat.unflatten(1, (blocks, size))  # [n, G, d]
-        self.blocked_active = self.hidden.active.unflatten(1, (blocks, size)).transpose(0, 1)  # [G, n, d]
-        self.own = new(blocks, count, size)
-        self.own_rows = self.own.transpose(0, 1)  # [n, G, d]
+        self.blocked_hidden = self.hidden_blocks.transpose(0, 1)  # [G, n, d]
         gates = new(3, blocks, count, size)
         self.gates, self.sigmoids = gates.unbind(), gates[:2]
+        self.own = self.gates[0]  # is read before there are gates
+        self.own_rows = self.own.transpose(0, 1)  # [n, G, d]
         # Whether the cumulative distribution is still below the uniform, class by class: 1 before the first
         # class and 0 behind the last, so that its steps are the sample.
         below = new(count, self.classes + 1, self.variables).fill_(1.0)
@@ -155,6 +160,7 @@ class _Chunk:
         self.prior_logits = new(count, self.classes * self.variables)
         self.prior_classes = self.prior_logits.unflatten(1, (self.classes, -1))  # [n, C, S]
         self.prior_probs = torch.empty_like(self.prior_classes)
+        self.likely = self.prior_probs[:, :-1]
         self.logits, self.probs = (new(count, 2 * plan.pairs.shape[0]) for _ in range(2))
         self.halves = self.probs.chunk(2, 1)
         self.reward, self.slow = imagined.reward[:, rows].unbind(), imagined.slow[:, rows].unbind()
@@ -177,16 +183,16 @@ class _Chunk:
             columns, first = span(plan.columns, run), FIRST.index(run[0])
             inverse = self.inverse[:, first : first + len(run)].unsqueeze(-1)  # [n, l, 1]
             assert width * len(run) == width_of(columns), (width, run)
-            out.append((columns, _Norm.of(self.first[:, columns], self.active[:, columns], inverse)))
+            out.append((columns, _Norm.of(self.first[:, columns], inverse)))
         return out
 
     def _reader(self, plan: Plan, heads: tuple[str, ...], where: str) -> _Reader:
         onward = () if where == "end" else ("deter",)
         by_deter = span(plan.columns, (() if where == "start" else ("prior",)) + heads + onward)
         by_stoch, offset = span(plan.columns, heads), plan.columns[HEADS[0]].start
-        last = {name: self.active[:, plan.columns[name]] for name in heads}
+        last = {name: self.first[:, plan.columns[name]] for name in heads}
         deeper = []
-        for maps, (flat, active, inverse) in zip(plan.deeper, self.later, strict=True):
+        for maps, (flat, inverse) in zip(plan.deeper, self.later, strict=True):
             names = tuple(name for name in maps if name in heads)
             if not names:
                 break
@@ -195,10 +201,10 @@ class _Chunk:
                 slice(first, first + len(names)),
                 slice(first * units, (first + len(names)) * units),
             )
-            norm = _Norm.of(flat[:, columns], active[:, columns], inverse[:, layers].unsqueeze(-1))
+            norm = _Norm.of(flat[:, columns], inverse[:, layers].unsqueeze(-1))
             reads, fills = tuple(last[name] for name in names), norm.unit.unbind(1)
             deeper.append(_Layer(names, reads, fills, columns, norm))
-            last |= dict(zip(names, norm.active.split(units, 1), strict=True))
+            last |= dict(zip(names, fills, strict=True))
         return _Reader(
             by_deter=by_deter,
             from_deter=self.first[:, by_deter],
@@ -223,12 +229,12 @@ class _Chunk:
             value=imagined.value[h, self.rows],
         )
 
-    def _keep(self, plan: Plan, traces: Traces) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
-        """What is copied into the traces at every step but the last, and where to."""
+    def _keep(self, plan: Plan, traces: Traces) -> list[list[tuple[Tensor, tuple[Tensor, ...]]]]:
+        """What of each level is copied into the traces at every step but the last, and where to."""
         out = []
         spaces = [
             (self.first, self.inverse, FIRST),
-            *((x[0], x[2], tuple(m)) for x, m in zip(self.later, plan.deeper, strict=True)),
+            *((*x, tuple(m)) for x, m in zip(self.later, plan.deeper, strict=True)),
         ]
         for trace, (flat, inverse, order) in zip(traces.layers, spaces, strict=False):
             layers = slice(order.index(trace.heads[0]), order.index(trace.heads[-1]) + 1)
@@ -238,14 +244,16 @@ class _Chunk:
                 units = flat.shape[1] // len(order)
                 unit = flat[:, layers.start * units : layers.stop * units]
             unit = unit.unflatten(1, trace.unit.shape[2:])
-            out.append((unit, trace.unit[:, self.rows].unbind()))
-            out.append((inverse[:, layers].unsqueeze(-1), trace.inverse[:, self.rows].unbind()))
+            inverse = inverse[:, layers].unsqueeze(-1)
+            targets = (x[:, self.rows].unbind() for x in (trace.unit, trace.inverse))
+            out.append(list(zip((unit, inverse), targets, strict=True)))
         return out
 
     def roll(self, starts: Starts, plan: Plan) -> None:
         """All steps."""
         action_noise = starts.action_noise[self.rows].transpose(0, 1).contiguous()  # [H, n, W]
-        stoch_noise = starts.stoch_noise[self.rows].transpose(0, 1).unsqueeze(2).contiguous()  # [H, n, 1, S]
+        stoch_noise = starts.stoch_noise[self.rows].transpose(0, 1)  # [H, n, S]
+        limits = thresholds(stoch_noise, self.classes, plan.unimix).unbind()  # each [n, C - 1, S]
         cuts = [reader.cut(plan) for reader in self.readers]
         action_scale, prior_scale = (plan.scale[plan.columns[name]] for name in ("action", "prior"))
         step = self.steps[0]
@@ -253,37 +261,47 @@ class _Chunk:
         step.sample.copy_(starts.stoch[self.rows])
         affine(step.deter, cuts[0].by_deter, step.reader.from_deter)
         for h, after in enumerate(self.steps[1:]):
-            self._read(step, cuts[step.kind], plan)
+            self._read(h, step, cuts[step.kind], plan)
             if h > 0:
                 self._scalar("reward", step, plan, self.logits, self.reward[h - 1])
             self._scalar("slow", step, plan, self.logits, self.slow[h])
-            for source, targets in self.kept:
-                targets[h].copy_(source)
             affine(step.reader.last["actor"], plan.outputs["actor"], self.raw[h])
             self.raw[h].copy_(plan.policy.raw(self.raw[h]))
             self.action[h].copy_(plan.policy.sample(self.raw[h], action_noise[h]))
             self._advance(self.action[h], action_scale, step, after, plan)
             affine(after.deter, cuts[after.kind].by_deter, after.reader.from_deter)
-            self._sample(stoch_noise[h], prior_scale, after, plan)
+            self._sample(limits[h], prior_scale, after, plan)
             step = after
-        self._read(step, cuts[step.kind], plan)
+        self._read(len(self.raw), step, cuts[step.kind], plan)
         self._scalar("reward", step, plan, self.logits, self.reward[-1])
 
-    def _read(self, step: _Step, cut: _Cut, plan: Plan) -> None:
-        """Hidden layers of heads and core, continuation and value; the part by deter is there already."""
+    def _read(self, h: int, step: _Step, cut: _Cut, plan: Plan) -> None:
+        """Hidden layers of heads and core, continuation and value of state h; its part by deter is there."""
         reader = step.reader
         torch.addmm(reader.from_stoch, step.stoch, cut.by_stoch, out=reader.from_stoch)
         if step.kind < 2:  # there is a next state
             affine(step.stoch, plan.embed_stoch, self.stoch)
+        for _, norm in reader.norms:
+            norm.divide(plan.eps)
+        self._copy(0, h)
         for (_, norm), scale in zip(reader.norms, cut.scales, strict=True):
-            norm.apply(scale, plan.eps)
-        for layer, maps, scale in zip(reader.deeper, plan.deeper, cut.deeper_scales, strict=False):
+            norm.activate(scale)
+        levels = zip(reader.deeper, plan.deeper, cut.deeper_scales, strict=False)
+        for level, (layer, maps, scale) in enumerate(levels, 1):
             for name, x, out in zip(layer.names, layer.reads, layer.fills, strict=True):
                 affine(x, maps[name], out)
-            layer.norm.apply(scale, plan.eps)
+            layer.norm.divide(plan.eps)
+            self._copy(level, h)
+            layer.norm.activate(scale)
         affine(reader.last["cont"], plan.outputs["cont"], step.cont)
         step.cont.sigmoid_()
         self._scalar("critic", step, plan, step.logits, step.value)
+
+    def _copy(self, level: int, h: int) -> None:
+        """Keep what the backward pass wants of a level's layers before they are activated."""
+        if level < len(self.kept) and h < len(self.raw):
+            for source, targets in self.kept[level]:
+                targets[h].copy_(source)
 
     def _scalar(self, name: str, step: _Step, plan: Plan, logits: Tensor, out: Tensor) -> None:
         """Fill out [n] with the mean of a two-hot head; mirrored bins are subtracted before the sum."""
@@ -302,24 +320,22 @@ class _Chunk:
         self.hidden_blocks.add_(self.own_rows)
         self.hidden.apply(plan.hidden_scale, plan.eps)
         for weight, bias, out in zip(plan.gates, plan.gates_bias, self.gates, strict=True):
-            torch.baddbmm(bias, self.blocked_active, weight, out=out)
+            torch.baddbmm(bias, self.blocked_hidden, weight, out=out)
         self.sigmoids.sigmoid_()
         reset, update, candidate = self.gates
         torch.lerp(step.blocked, candidate.mul_(reset).tanh_(), update, out=after.blocked)
 
-    def _sample(self, uniform: Tensor, scale: Tensor, after: _Step, plan: Plan) -> None:
-        """The stochastic state by uniforms [n, 1, S]; as `sample_one_hot` of `mixed_probs`."""
+    def _sample(self, threshold: Tensor, scale: Tensor, after: _Step, plan: Plan) -> None:
+        """The stochastic state by `thresholds` [n, C - 1, S]; as `sample_one_hot` of `mixed_probs`."""
         self.prior_norm.apply(scale, plan.eps)
-        x = self.prior_norm.active
+        x = self.prior_norm.flat
         for (by, later_scale), norm in zip(plan.prior, self.prior, strict=True):
             affine(x, by, norm.flat)
             norm.apply(later_scale, plan.eps)
-            x = norm.active
+            x = norm.flat
         affine(x, plan.prior_out, self.prior_logits)
         torch.softmax(self.prior_classes, 1, out=self.prior_probs)
-        if plan.unimix:
-            self.prior_probs.mul_(1.0 - plan.unimix).add_(plan.unimix / self.classes)
-        torch.lt(self.prior_probs[:, :-1].cumsum(1), uniform, out=self.inner)
+        torch.lt(self.likely.cumsum(1), threshold, out=self.inner)
         torch.sub(self.below, self.behind, out=after.sample)
 
 
