@@ -1,5 +1,6 @@
 """The library is built once per user and machine, by one process, and only what is sound is loaded."""
 
+import errno
 import fcntl
 import os
 import select
@@ -142,6 +143,16 @@ def test_who_waits_for_a_builder_has_a_deadline(cache: Path, monkeypatch: pytest
         with pytest.raises(TimeoutError, match="another process"):
             build.load_library()
     assert build.load_library().answer() == 42  # a holder that ends lets go
+
+
+def test_a_file_system_without_locks_still_gets_a_library(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: object, flags: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(build.fcntl, "flock", refuse)
+    assert build.load_library().answer() == 42
 
 
 @pytest.fixture
