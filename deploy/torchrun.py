@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -83,11 +84,21 @@ def watch_driver(pid: int, stop: threading.Event) -> None:
     threading.Thread(target=watch, name="driver-watch", daemon=True).start()
 
 
+def claim_from_living(path: Path, key: str, goes_on: Callable[[], bool]) -> RoleSpec | None:
+    """As `claim`; what a driver offered that is gone since, killed before anybody came, is thrown away."""
+    while (spec := claim(path, key, goes_on)) is not None:
+        driver = int(spec.extra["driver"])
+        if psutil.pid_exists(driver):
+            break
+        log.warning("offer of a driver that is gone", extra={"role": key, "pid": driver})
+    return spec
+
+
 def serve(path: Path, rank: int, ranks: int, stop: threading.Event) -> int:
     """Be one life of the rank. Returns the exit code."""
     if doubt := why_not(path, ranks):
         log.warning("waiting for another run", extra={"why": doubt})  # it may be resumed with other settings
-    spec = claim(path, f"learner-{rank}", lambda: not stop.is_set())
+    spec = claim_from_living(path, f"learner-{rank}", lambda: not stop.is_set())
     if spec is None:
         return 0
     reporter = Reporter(spec, lambda record: _keep(spec, record))

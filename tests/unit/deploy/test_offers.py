@@ -15,7 +15,7 @@ import pytest
 from deploy.local import LocalFleet
 from deploy.offers import OfferedRole, claim
 from deploy.roles import RoleSpec
-from deploy.torchrun import rank_of, why_not
+from deploy.torchrun import claim_from_living, rank_of, why_not
 from system.errors import ConfigError
 
 
@@ -61,6 +61,20 @@ def test_newer_life_replaces_an_offer_that_nobody_took(tmp_path: Path):
     taken = claim(tmp_path, "learner-1", lambda: True)
     assert taken is not None
     assert taken.incarnation == 2
+
+
+def test_offer_of_a_driver_that_was_killed_is_thrown_away(tmp_path: Path, sleeper: subprocess.Popen[bytes]):
+    killed = replace(spec(tmp_path, 1), extra={"secret": "s", "driver": sleeper.pid})
+    OfferedRole(tmp_path, killed)
+    sleeper.kill()
+    sleeper.wait()
+    asked = iter([True, True, False])
+    assert claim_from_living(tmp_path, "learner-1", lambda: next(asked)) is None
+    assert list((tmp_path / "offers").iterdir()) == []
+    lives = replace(spec(tmp_path, 2), extra={"secret": "s", "driver": os.getpid()})
+    OfferedRole(tmp_path, killed)
+    OfferedRole(tmp_path, lives)
+    assert claim_from_living(tmp_path, "learner-1", lambda: True) == lives
 
 
 def test_withdrawn_offer_has_ended_and_is_not_taken(tmp_path: Path):
