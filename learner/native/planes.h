@@ -11,6 +11,10 @@
 typedef float Images __attribute__((vector_size(LANES * 4), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(LANES), may_alias));
 
+struct Registers {  // containers take no pointers to types that may alias
+    Images *data;
+};
+
 #if defined(__AVX512F__)
 constexpr int OUT_TILE = 4, PIXEL_TILE = 4;   // accumulators of a convolution
 constexpr int LEFT_TILE = 4, RIGHT_TILE = 5;  // of a weight gradient

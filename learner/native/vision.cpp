@@ -23,7 +23,7 @@ struct Share {
     std::vector<Shape> shapes;
     std::vector<Planes> inputs;  // of each level's convolution
     std::vector<Planes> by_y;    // gradients of its results
-    std::vector<Images *> sums;  // gradients of weight, bias and scale
+    std::vector<Registers> sums;  // gradients of weight, bias and scale
 
     Share(int64_t part, int64_t images, int64_t side)
         : part(part), first(part * PART_IMAGES), count(std::min(PART_IMAGES, images - first)), pad(side / 2) {}
@@ -35,15 +35,15 @@ struct Share {
     // Sums of level n: weights, then `others`.
     void take_sums(int64_t n, int64_t side, int64_t others) {
         const int64_t size = shapes[n].weights(side) + others;
-        sums.push_back(scratch.take<Images>(size));
-        std::memset(sums.back(), 0, (size_t)size * sizeof(Images));
+        sums.push_back({scratch.take<Images>(size)});
+        std::memset(sums.back().data, 0, (size_t)size * sizeof(Images));
     }
 
     // All lanes of level n's sums; the end of what was written.
     float *write_sums(int64_t n, int64_t side, int64_t others, float *out) const {
         const int64_t weights = shapes[n].weights(side);
-        add_filter_lanes(sums[n], shapes[n].outputs, shapes[n].inputs, side, out);
-        add_lanes(sums[n] + weights, others, out + weights);
+        add_filter_lanes(sums[n].data, shapes[n].outputs, shapes[n].inputs, side, out);
+        add_lanes(sums[n].data + weights, others, out + weights);
         return out + weights + others;
     }
 };
@@ -153,12 +153,12 @@ struct Encoding : Share {
     void level_back(int64_t n, const Images *pooled, const Bytes *winner) const {
         const Shape &s = shapes[n];
         const int64_t O = s.outputs;
-        Images *by_bias = sums[n] + s.weights(a.side);
+        Images *by_bias = sums[n].data + s.weights(a.side);
         for (int64_t i = 0; i < s.size() / 4; i += O)
             norm_silu_back(pooled + i, a.scale[n], grad + i, grad + i, by_bias + O, by_bias, O);
         for (int64_t y = 0; y < s.height; y += by_y[n].height) {
             unpool(n, y, by_y[n].height, winner);
-            filter_grad(by_y[n], inputs[n], y, a.side, sums[n]);
+            filter_grad(by_y[n], inputs[n], y, a.side, sums[n].data);
         }
         if (n)
             for (int64_t y = 0; y < s.height; y++) filter_row(back[n], by_y[n], y, grad + y * s.width * s.inputs);
@@ -215,14 +215,14 @@ struct Growing : Share {
     int64_t others(int64_t n) const { return a.outputs[n] * (last(n) ? 4 : 5); }  // biases and scales
 
     // A level's results of a group; the last one's are its slope.
-    std::vector<Images *> results(int64_t group) const {
+    std::vector<Registers> results(int64_t group) const {
         int64_t kept = 0;
         for (const Shape &s : shapes) kept += s.size();
         kept -= shapes.back().size();
         Images *at = (Images *)a.raw[part] + group * kept;
-        std::vector<Images *> out;
-        for (const Shape &s : shapes) out.push_back(at), at += s.size();
-        out.back() = (Images *)a.slope[part] + group * shapes.back().size();
+        std::vector<Registers> out;
+        for (const Shape &s : shapes) out.push_back({at}), at += s.size();
+        out.back().data = (Images *)a.slope[part] + group * shapes.back().size();
         return out;
     }
 
@@ -243,16 +243,16 @@ struct Growing : Share {
 
     void forward() const {
         each_group([&](int64_t group, int64_t from, int64_t lanes) {
-            const std::vector<Images *> out = results(group);
+            const std::vector<Registers> out = results(group);
             std::memset(errors, 0, (size_t)a.keys * sizeof(Images));
             read_maps(from, lanes);
             for (int64_t n = 0; n < a.levels; n++) {
                 for (int64_t y = 0; y < shapes[n].height; y++) {
-                    Images *row = out[n] + y * shapes[n].row();
+                    Images *row = out[n].data + y * shapes[n].row();
                     filter_row(filters[n], inputs[n], y, row);
                     if (last(n)) compare(y, row, from, lanes);
                 }
-                if (!last(n)) activate(n, out[n]);
+                if (!last(n)) activate(n, out[n].data);
             }
             from_lanes(errors, lanes, a.keys, a.keys, a.errors + from * a.keys);
         });
@@ -287,7 +287,7 @@ struct Growing : Share {
     // Gradient of the last level's results.
     void slopes_back(const ReconstructGrads &g, const Images *slope, int64_t from, int64_t lanes) const {
         const Planes &out = by_y.back();
-        Images *by_bias = sums.back() + shapes.back().weights(a.side);
+        Images *by_bias = sums.back().data + shapes.back().weights(a.side);
         to_lanes(g.by_errors + from * a.keys, lanes, a.keys, a.keys, errors);
         for (int64_t y = 0; y < out.height; y++)
             for (int64_t x = 0; x < out.width; x++)
@@ -303,7 +303,7 @@ struct Growing : Share {
     void norm_back(int64_t n, const Images *raw) const {
         const Shape &s = shapes[n];
         const int64_t O = a.outputs[n];
-        Images *by_bias = sums[n] + s.weights(a.side), *by_scale = by_bias + 4 * O;
+        Images *by_bias = sums[n].data + s.weights(a.side), *by_scale = by_bias + 4 * O;
         for (int64_t y = 0; y < s.height; y++)
             for (int64_t x = 0; x < s.width; x++)
                 for (int64_t place = 0; place < 4; place++, raw += O)
@@ -314,15 +314,15 @@ struct Growing : Share {
     void backward(const ReconstructGrads &g) const {
         const int64_t size = a.grid_height * a.grid_width * a.inputs;
         each_group([&](int64_t group, int64_t from, int64_t lanes) {
-            const std::vector<Images *> out = results(group);
+            const std::vector<Registers> out = results(group);
             read_maps(from, lanes);
-            for (int64_t n = 0; n + 1 < a.levels; n++) activate(n, out[n]);
+            for (int64_t n = 0; n + 1 < a.levels; n++) activate(n, out[n].data);
             for (int64_t n = a.levels - 1; n >= 0; n--) {
                 if (last(n))
-                    slopes_back(g, out[n], from, lanes);
+                    slopes_back(g, out[n].data, from, lanes);
                 else
-                    norm_back(n, out[n]);
-                filter_grad(by_y[n], inputs[n], 0, a.side, sums[n]);
+                    norm_back(n, out[n].data);
+                filter_grad(by_y[n], inputs[n], 0, a.side, sums[n].data);
                 const int64_t row = shapes[n].width * shapes[n].inputs;
                 for (int64_t y = 0; y < shapes[n].height; y++) filter_row(back[n], by_y[n], y, grad + y * row);
             }
