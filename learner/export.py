@@ -82,10 +82,14 @@ class LoadedPolicy:
         is_first [n], or one for all: rows that begin an episode, whose past is forgotten. mode "eval" takes
         the most probable action, "train" samples. Discrete actions are int32 indices [n, K]; continuous
         ones float32 in [-1, 1], to be rescaled to the bounds of the environment.
-        Raises: SchemaError when the observations are not those of `spec.env`.
+        Raises: SchemaError when the observations are not those of `spec.env`, or is_first is not theirs.
         """
         rows = carry.num_envs
         _check_obs(self.spec.env, obs, rows)
+        if np.shape(is_first) not in ((), (rows,)):
+            raise SchemaError(f"is_first has shape {np.shape(is_first)}, must be one bool or {(rows,)}")
+        if mode not in ("train", "eval"):
+            raise SchemaError(f"mode {mode!r} must be eval (the most probable action) or train (a sample)")
         never = np.zeros(rows, bool)
         step = Step(
             env_id=np.arange(rows, dtype=np.int32),

@@ -298,6 +298,16 @@ def test_observations_of_another_kind_are_refused(exported):
             policy.act(carry, wrong)
 
 
+def test_first_rows_and_modes_that_are_none_are_refused(exported):
+    policy = load_policy(exported, threads=0)
+    carry = policy.initial(2)
+    with pytest.raises(SchemaError, match=r"is_first has shape \(3,\), must be one bool or \(2,\)"):
+        policy.act(carry, observations(2), is_first=np.ones(3, bool))
+    with pytest.raises(SchemaError, match="'greedy' must be eval"):
+        policy.act(carry, observations(2), mode="greedy")
+    assert policy.act(carry, observations(2), is_first=[True, False]).shape == (2, 2)
+
+
 def test_nothing_is_left_of_an_export_that_fails(tmp_path):
     broken = weights()
     name = next(iter(broken.arrays))
