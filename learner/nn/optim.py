@@ -15,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from learner.nn.lanes import cut, run_lanes
 from system.errors import SchemaError
 
+SLICE = 65536
+"""Parameters that a CPU updates together: five arrays of them stay in its cache."""
 Arrays = dict[str, NDArray[np.generic]]
 
 
@@ -115,6 +118,9 @@ class LaProp:
         # float64: the bias corrections are differences from one.
         self._applied = torch.zeros((), dtype=torch.float64, device=device)
         self._sizes = torch.tensor(parameters.sizes, device=device)
+        # Ten passes over a slice find it in cache after the first.
+        whole = [slice(0, parameters.count)]
+        self._slices = whole if device.type == "cuda" else cut(parameters.count, SLICE)
         self._value_views = parameters.views(parameters.values)
         self._grad_views = parameters.views(parameters.grads)
 
@@ -139,18 +145,32 @@ class LaProp:
         count = self._applied.clamp_min(1.0)
         if self.agc:
             sizes = tensor_norms(self._value_views)
-            factor = 1.0 / (norms / (self.agc * sizes.clamp_min(self.agc_floor))).clamp_min(1.0)
-            grads.mul_(factor.repeat_interleave(self._sizes, output_size=flat.count))
-        # Zero gradients at zero rates keep all bits; a factor of zero alone would keep a NaN.
-        grads.masked_fill_(~finite, 0.0)
+            self._clip(1.0 / (norms / (self.agc * sizes.clamp_min(self.agc_floor))).clamp_min(1.0))
         share = finite.double()  # 1 or 0
-        self.rms.mul_(1.0 - share * (1.0 - self.beta2)).addcmul_(grads, grads, value=1.0 - self.beta2)
-        correction = 1.0 - self.beta2**count
-        grads.div_((self.rms / correction).sqrt_().add_(self.eps))
-        self.momentum.lerp_(grads, (share * (1.0 - self.beta1)).float())
-        size = share * rate / (1.0 - self.beta1**count)
-        flat.values.addcmul_(self.momentum, size.float(), value=-1.0)
+        decay, correction = 1.0 - share * (1.0 - self.beta2), 1.0 - self.beta2**count
+        mixing = (share * (1.0 - self.beta1)).float()
+        size = (share * rate / (1.0 - self.beta1**count)).float()
+
+        def move(part: slice) -> None:
+            grad, rms, momentum = grads[part], self.rms[part], self.momentum[part]
+            # Zero gradients at zero rates keep all bits; a factor of zero alone would keep a NaN.
+            grad.masked_fill_(~finite, 0.0)
+            rms.mul_(decay).addcmul_(grad, grad, value=1.0 - self.beta2)
+            grad.div_((rms / correction).sqrt_().add_(self.eps))
+            momentum.lerp_(grad, mixing)
+            flat.values[part].addcmul_(momentum, size, value=-1.0)
+
+        run_lanes(move, self._slices)
         return Applied(finite, grad_norm, rate.float())
+
+    def _clip(self, factors: Tensor) -> None:
+        """Multiply the gradient of each tensor by its factor [tensors]; in few launches on GPUs."""
+        if factors.is_cuda:
+            grads = self.parameters.grads
+            grads.mul_(factors.repeat_interleave(self._sizes, output_size=grads.numel()))
+            return
+        for grad, factor in zip(self._grad_views, factors.unbind(), strict=True):
+            grad.mul_(factor)
 
     def rate(self, applied: int) -> float:
         """Learning rate after `applied` updates: linear from 0 over the warmup, then constant."""
