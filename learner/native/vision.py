@@ -13,7 +13,11 @@ from torch import Tensor
 
 from learner.native.calls import Block, call, fields
 from learner.native.library import library
+from learner.nn import vision
 from learner.nn.vision import Level, parity_fold
+
+WIDEST = 64
+"""Channels of a level up to which the library is faster than torch, whose convolutions want many."""
 
 
 class _Encode(Block):
@@ -41,12 +45,16 @@ class _ReconstructGrads(Block):
 
 def encode(image: Tensor, pad: tuple[int, int], levels: Sequence[Level]) -> Tensor:
     """As `learner.nn.vision.encode`: last feature maps [N, h, w, O]."""
+    if _wide(levels):
+        return vision.encode(image, pad, levels)
     flat = [tensor for level in levels for tensor in level]
     return _Encoder.apply(image, pad, *flat)  # type: ignore[return-value]
 
 
 def reconstruct(x: Tensor, image: Tensor, channels: Sequence[int], levels: Sequence[Level]) -> Tensor:
     """As `learner.nn.vision.reconstruct`: squared errors [N, keys]."""
+    if _wide(levels):
+        return vision.reconstruct(x, image, channels, levels)
     fold = parity_fold(levels[0].weight.shape[-1])
     flat: list[Tensor] = []
     for level in levels:
@@ -54,6 +62,10 @@ def reconstruct(x: Tensor, image: Tensor, channels: Sequence[int], levels: Seque
         weight = torch.einsum("ayk,bxl,ockl->abocyx", fold, fold, level.weight).flatten(0, 2)
         flat += [weight, level.bias.repeat(4), *([] if level.scale is None else [level.scale])]
     return _Reconstructor.apply(x, image, tuple(channels), *flat)  # type: ignore[return-value]
+
+
+def _wide(levels: Sequence[Level]) -> bool:
+    return max(max(level.weight.shape[:2]) for level in levels) > WIDEST
 
 
 def _kinds(flat: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...]]:

@@ -242,6 +242,23 @@ def test_no_bit_of_the_images_depends_on_the_number_of_threads(backend):
         assert torch.equal(a, b)
 
 
+def test_wide_networks_are_left_to_torch_by_the_library():
+    if not available():
+        pytest.skip(f"no compiled regions: {absence()}")
+    obs, cnn = {"i": image(16, 16, 1)}, {"units": 8, "layers": 1, "depth": 2, "mults": (33, 33), "kernel": 3}
+    encoder, decoder = Encoder(obs, **cnn), Decoder(obs, **cnn, **FEAT, blocks=2)
+    initialise(encoder, torch.Generator().manual_seed(0))
+    initialise(decoder, torch.Generator().manual_seed(0))
+    pictures = {"i": torch.randint(0, 256, (3, 16, 16, 1), dtype=torch.uint8)}
+    feat, results = torch.randn(3, 24, requires_grad=True), []
+    for chosen in (TORCH, choose_backend("native", torch.device("cpu"), "fp32")):
+        encoder.compute_by(chosen.encode)
+        decoder.compute_by(chosen.reconstruct)
+        results.append(everything(encoder, decoder, pictures, feat))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_is_not_a_number_stays_so_in_images(nets):
     encoder, decoder, obs, feat = nets
     with torch.no_grad():
