@@ -23,8 +23,8 @@ from learner.nn.imagine_rows import LayerTrace, Traces
 from learner.nn.lanes import run_lanes
 from learner.nn.twohot import TwoHot, twohot
 
-BLOCK = 1024
-"""Rows whose gradients are computed together on a CPU."""
+BLOCK = 2048
+"""Rows whose gradients are computed together on a CPU: fewer would ask the interpreter more often."""
 LANES = 4
 """Sums over rows are added up in this many parts, whatever the number of threads."""
 
