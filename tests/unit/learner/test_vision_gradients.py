@@ -221,21 +221,35 @@ def everything(encoder, decoder, obs, feat):
     return [tokens, *losses.values(), *torch.autograd.grad(total, parameters)]
 
 
+def level(generator, outputs, inputs, *, last=False):
+    scale = None if last else torch.rand(outputs, generator=generator, requires_grad=True)
+    weight = torch.randn(outputs, inputs, 5, 5, generator=generator, requires_grad=True)
+    return vision.Level(weight, torch.randn(outputs, generator=generator, requires_grad=True), scale)
+
+
 def test_no_bit_of_the_images_depends_on_the_number_of_threads(backend):
-    obs, cnn = {"i": image(20, 18, 3)}, {"units": 8, "layers": 1, "depth": 4, "mults": (1, 2), "kernel": 5}
-    encoder, decoder = Encoder(obs, **cnn), Decoder(obs, **cnn, **FEAT, blocks=2)
-    encoder.compute_by(backend.encode)
-    decoder.compute_by(backend.reconstruct)
     generator = torch.Generator().manual_seed(0)
-    initialise(encoder, generator)
-    initialise(decoder, generator)
-    pictures = {"i": sample(obs["i"], MANY, generator)}
-    feat = torch.randn(MANY, 24, generator=generator, requires_grad=True)
+    down, up = (
+        [level(generator, 4, 3), level(generator, 8, 4)],
+        [level(generator, 4, 8), level(generator, 3, 4, last=True)],
+    )
+    pictures = sample(image(20, 18, 3), MANY, generator)
+    maps = torch.randn(MANY, 5, 5, 8, generator=generator, requires_grad=True)
+    by_features, by_losses = (
+        torch.randn(*shape, generator=generator) for shape in [(MANY, 5, 5, 8), (MANY, 1)]
+    )
+    into = (
+        [tensor for one in down for tensor in one],
+        [maps, *(t for one in up for t in one if t is not None)],
+    )
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append(everything(encoder, decoder, pictures, feat))
+            features = backend.encode(pictures, (2, 0), down)
+            losses = backend.reconstruct(maps, pictures, [3], up)
+            grads = torch.autograd.grad((features, losses), into[0] + into[1], (by_features, by_losses))
+            results.append([features, losses, *grads])
     finally:
         torch.set_num_threads(before)
     for a, b in zip(*results, strict=True):
