@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ENDLESS = SHORT | {"env_steps": 1_000_000, "learner": SHORT["learner"] | {"checkpoint_seconds": 600}}
 
 
+@pytest.mark.drill
 def test_interrupted_run_saves_and_resumes_even_from_the_older_checkpoint(tmp_path: Path) -> None:
     with Drill(tmp_path, ENDLESS) as run:
         store = CheckpointStore(run.run_dir.checkpoints, keep=3)
