@@ -102,7 +102,7 @@ class DreamerConfig(BaseModel):
     """Diagonal blocks of the recurrent weights, and of the decoder's spatial input."""
     unimix: float = Field(default=0.01, ge=0, lt=1)
     """Share of the uniform distribution mixed into prior and posterior."""
-    prior_layers: int = Field(default=2, ge=1)
+    prior_layers: int = Field(default=2, ge=1, le=64)
     """Hidden layers of the prior. The posterior and the recurrent step have one, at every official size."""
     free_nats: float = Field(default=1.0, ge=0)
     """Nats below which the KL, summed over variables, is not pushed further."""
@@ -115,17 +115,17 @@ class DreamerConfig(BaseModel):
     """Channel multipliers per CNN level; images of up to 32 pixels use the last ones only (ours)."""
     kernel: int = Field(default=5, ge=1)
     """Side of the CNN kernels in pixels; odd."""
-    encoder_layers: int = Field(default=3, ge=1)
+    encoder_layers: int = Field(default=3, ge=1, le=64)
     """Hidden layers of the vector encoder."""
-    decoder_layers: int = Field(default=3, ge=1)
+    decoder_layers: int = Field(default=3, ge=1, le=64)
     """Hidden layers of the vector decoder."""
-    reward_layers: int = Field(default=1, ge=1)
+    reward_layers: int = Field(default=1, ge=1, le=64)
     """Hidden layers of the reward head."""
-    cont_layers: int = Field(default=1, ge=1)
+    cont_layers: int = Field(default=1, ge=1, le=64)
     """Hidden layers of the continuation head."""
-    actor_layers: int = Field(default=3, ge=1)
+    actor_layers: int = Field(default=3, ge=1, le=64)
     """Hidden layers of the actor."""
-    critic_layers: int = Field(default=3, ge=1)
+    critic_layers: int = Field(default=3, ge=1, le=64)
     """Hidden layers of the critic."""
     bins: int = Field(default=255, ge=3)
     """Bins of reward and value, symexp-spaced over symexp(+-20); odd."""
