@@ -234,12 +234,20 @@ def forger(folder):
 @pytest.mark.parametrize(
     "forged",
     [{"units": 10**9}, {"deter": 2**40}, {"deter": 2**62}, {"deter": 10**30 * 8}, {"stoch": 10**12},
-     {"size": "size400m", "deter": 2**40}, {"actor_layers": 10**12}, {"encoder_layers": 2**62}],
+     {"size": "size400m", "deter": 2**40}],
 )  # fmt: skip
 def test_forged_sizes_are_refused_before_memory_is_asked_for(folder, forged):
     body, rewritten = forger(folder)
     rewritten(settings=body["settings"] | forged)
     with pytest.raises((SchemaError, IntegrityError), match=SPEC):
+        load_policy(folder, threads=0)
+
+
+@pytest.mark.parametrize("name", ["actor_layers", "encoder_layers"])
+def test_forged_depths_are_refused_before_memory_is_asked_for(folder, name):
+    body, rewritten = forger(folder)
+    rewritten(settings=body["settings"] | {name: 2**62})
+    with pytest.raises(ConfigError, match=name):
         load_policy(folder, threads=0)
 
 
