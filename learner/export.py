@@ -36,8 +36,6 @@ KIND, FORMAT = "dreamfleet-policy", 1
 SPEC, WEIGHTS, PROGRAM = "policy.json", "weights.safetensors", "policy.pt2"
 MAX_SPEC_BYTES = 1 << 20
 READ_BYTES = 1 << 20
-MANY_LAYERS = 64
-"""More layers than this are believed only when the weights have as many arrays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,9 +243,6 @@ def _config_for(spec: PolicySpec, weights: Weights, file: Path) -> Any:
     from learner.nn.optim import check_arrays
 
     config = make_config(spec.family, spec.settings)
-    layers = max((value for name, value in config if name.endswith("_layers")), default=0)
-    if layers > max(MANY_LAYERS, len(weights.arrays)):
-        raise _damaged(file, f"it asks for {layers} layers, {WEIGHTS} has {len(weights.arrays)} arrays")
     try:
         shapes = policy_shapes(spec.family, config, spec.env)
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
